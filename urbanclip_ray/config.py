@@ -1,0 +1,369 @@
+"""One tree of frozen, validated configs for every stage of the walk.
+
+A run is described by one :class:`RunConfig`. Unknown keys and bad values fail when the config is built, and the error
+names the key and the fix. Fields that only say *how* the work is done (number of workers, batching of actors) are marked
+with :func:`execution`; every other field says *what* is made and takes part in the digest of what it makes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from urbanclip_ray.schema import is_safe_name
+
+T = TypeVar("T")
+
+SplitKind = Literal["source", "random", "blocks", "group"]
+Method = Literal[
+    "pretrained", "untrained", "pretrained_mlp", "untrained_mlp", "pretrained_mean", "colour", "coordinates", "mean"
+]
+
+
+class ConfigError(ValueError):
+    """A config that cannot be built; the message names the key and the fix."""
+
+
+def execution(default: T) -> T:
+    """A field that changes how fast a result is made but not the result, so it is left out of digests."""
+    field: T = Field(default=default, json_schema_extra={"execution": True})
+    return field
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, keyword-only, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
+
+    def content(self) -> dict[str, Any]:
+        """The fields that decide what is made, as JSON-ready values; :func:`execution` fields are left out."""
+        skip = {
+            name
+            for name, field in type(self).model_fields.items()
+            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("execution")
+        }
+        return self.model_dump(mode="json", exclude=skip)
+
+
+class FolderSource(Section):
+    """A folder of JPEG, PNG, WebP or TIFF tiles; the sub-folder is the region; an optional CSV lies beside it."""
+
+    kind: Literal["folder"] = "folder"
+    uri: str = ""
+    metadata: str = ""  # CSV: a path inside `uri`, or an absolute path or URI; one row per file
+    file_column: str = "file"
+    lon_column: str = ""  # empty: the first of lon, lng, long, longitude that the CSV has
+    lat_column: str = ""  # empty: lat or latitude
+    group_column: str = "group"
+    caption_column: str = "caption"
+    indicators: tuple[str, ...] = ()  # empty: every other column that holds numbers
+
+
+class RsicdSource(Section):
+    """RSICD (Lu et al. 2017): `captions.json`, a list of {image, captions, split, land_use}, and its images."""
+
+    kind: Literal["rsicd"] = "rsicd"
+    uri: str = ""
+    captions_file: str = "captions.json"
+
+
+class WorldSource(Section):
+    """The world demo: land tiles of NASA's Blue Marble with the population of their cities (GeoNames)."""
+
+    kind: Literal["world"] = "world"
+    tile_px: int = Field(default=54, ge=8, le=600)  # the map has 15 px a degree: 54 px are 3.6 degrees
+    stride_px: int = Field(default=54, ge=1, le=600)  # below tile_px neighbouring tiles overlap
+    min_land_share: float = Field(default=0.95, gt=0, le=1)
+    max_abs_lat: float = Field(default=60.0, gt=0, le=85)
+
+
+SOURCE_KINDS: dict[str, type[Section]] = {"folder": FolderSource, "rsicd": RsicdSource, "world": WorldSource}
+SourceConfig = Annotated[FolderSource | RsicdSource | WorldSource, Field(discriminator="kind")]
+
+
+class IngestConfig(Section):
+    """What a tile must be to count as readable."""
+
+    min_side_px: int = Field(default=8, ge=1)
+    max_pixels: int = Field(default=64_000_000, ge=64)  # larger ones are refused before they are decoded
+    max_error_share: float = Field(default=0.05, ge=0, le=1)
+    tiles_per_batch: int = execution(64)
+
+
+class PixelsConfig(Section):
+    """What is cut off every tile before a model or a captioner sees it, in pixels of the source image."""
+
+    crop_left_px: int = Field(default=0, ge=0)
+    crop_top_px: int = Field(default=0, ge=0)
+    crop_right_px: int = Field(default=0, ge=0)
+    crop_bottom_px: int = Field(default=0, ge=0)
+
+
+class CaptionConfig(Section):
+    """Who describes the tiles: the source itself (`given`), or the rule-based baseline (`land_cover`)."""
+
+    captioner: Literal["given", "land_cover"] = "land_cover"
+    max_error_share: float = Field(default=0.05, ge=0, le=1)
+    tiles_per_batch: int = execution(64)
+    num_actors: int = execution(2)
+
+
+class RefineConfig(Section):
+    """Which sentences are kept."""
+
+    min_words: int = Field(default=3, ge=1)
+    max_words: int = Field(default=60, ge=1)
+    repeats: Literal["reject", "keep"] = "reject"  # a sentence that its tile already has
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_words > self.max_words:
+            raise ValueError("refine.min_words is above refine.max_words: lower one or raise the other")
+        return self
+
+
+class SplitConfig(Section):
+    """The outer test set, and the draws of train and validation inside it."""
+
+    outer: SplitKind = "blocks"
+    also: tuple[SplitKind, ...] = ()  # further splits for the probe; with the same weights they are transductive
+    seed: int = 0
+    num_draws: int = Field(default=10, ge=1)
+    test_share: float = Field(default=0.2, gt=0, lt=1)
+    val_share: float = Field(default=0.2, gt=0, lt=1)  # of all tiles, as the paper's 6:2:2
+    block_km: float = Field(default=5.0, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.test_share + self.val_share >= 1:
+            raise ValueError("split.test_share + split.val_share leave nothing to train on: make their sum below 1")
+        return self
+
+
+class PackConfig(Section):
+    """How training rows are laid into files."""
+
+    seed: int = 0
+    rows_per_file: int = Field(default=1024, ge=1)
+
+
+class ModelConfig(Section):
+    """Which CoCa: one of ours (`urbanclip_ray.model.architectures`) or any open_clip model config with `coca` in it."""
+
+    architecture: str = "coca_tiny_96"
+    tokenizer: Literal["bpe", "open_clip"] = "bpe"  # bpe: trained on the training texts and saved with the weights
+    vocab_size: int = Field(default=2000, ge=300)  # of the bpe tokenizer
+    patch_dropout: float = Field(default=0.0, ge=0, lt=1)  # share of patches hidden in training (FLIP, CVPR 2023)
+    init_temperature: float = Field(default=0.07, gt=0)
+    seed: int = 0
+
+
+class AugmentConfig(Section):
+    """Random changes of a training image, a function of seed, epoch and row."""
+
+    min_area_share: float = Field(default=0.6, gt=0, le=1)  # of a random crop; 1 keeps the whole tile
+    flips: bool = True  # the eight flips and quarter turns; off where captions speak of directions
+    brightness: float = Field(default=0.0, ge=0, lt=1)
+
+
+class TrainConfig(Section):
+    """Pretraining. Three batch sizes, in rows: per rank and forward, of one contrastive matrix, per optimizer step."""
+
+    epochs: int = Field(default=10, ge=1)
+    micro_batch_size: int = Field(default=128, ge=1)
+    contrastive_batch_size: int = Field(default=256, ge=2)
+    global_batch_size: int = Field(default=256, ge=2)
+    lr: float = Field(default=1e-3, gt=0)
+    warmup_share: float = Field(default=0.1, ge=0, lt=1)  # of all steps; then cosine to zero
+    weight_decay: float = Field(default=0.1, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.98, ge=0, lt=1)
+    eps: float = Field(default=1e-6, gt=0)
+    clip_norm: float = Field(default=1.0, gt=0)
+    contrastive_weight: float = Field(default=1.0, ge=0)
+    caption_weight: float = Field(default=1.0, ge=0)
+    max_logit_scale: float = Field(default=100.0, gt=1)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    text_mode: Literal["sentence", "paragraph"] = "sentence"
+    augment: AugmentConfig = AugmentConfig()
+    shuffle_window_rows: int = Field(default=8192, ge=1)
+    validations: int = Field(default=5, ge=1)  # evenly over the run, the last one at its end
+    seed: int = 0
+    zero_stage: Literal[1] = execution(1)  # the only stage for now
+    checkpoint_every_steps: int = execution(100)
+    keep_checkpoints: int = execution(2)
+    max_failures: int = execution(2)  # restarts after a lost worker before the run gives up
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.global_batch_size % self.contrastive_batch_size:
+            raise ValueError(
+                f"train.global_batch_size={self.global_batch_size} is not a multiple of "
+                f"train.contrastive_batch_size={self.contrastive_batch_size}: one optimizer step takes whole contrastive "
+                "batches, so set it to that or to a multiple of it"
+            )
+        if self.contrastive_weight == 0 and self.caption_weight == 0:
+            raise ValueError("train.contrastive_weight and train.caption_weight are both 0: nothing would be learned")
+        return self
+
+
+class EmbedConfig(Section):
+    """How tiles become vectors."""
+
+    weights: str = ""  # URI of weights made before; empty: the ones that this run pretrains
+    views: Literal[1, 8] = 1  # 8: the mean over flips and quarter turns
+    tiles_per_batch: int = execution(64)
+    num_actors: int = execution(2)
+
+
+class ProbeConfig(Section):
+    """How vectors are judged."""
+
+    indicators: tuple[str, ...] = ()  # empty: every indicator of the labels
+    target: Literal["raw", "log", "log1p"] = "log1p"
+    methods: tuple[Method, ...] = (
+        "pretrained",
+        "pretrained_mlp",
+        "untrained",
+        "untrained_mlp",
+        "colour",
+        "coordinates",
+        "mean",
+    )
+    ridge_alphas: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)  # chosen on validation
+    num_neighbours: int = Field(default=5, ge=1)
+    mlp_hidden: int = Field(default=256, ge=1)  # the MLP is the paper's released one: 256, ReLU, dropout 0.01
+    mlp_dropout: float = Field(default=0.01, ge=0, lt=1)
+    mlp_lr: float = Field(default=3e-4, gt=0)
+    mlp_weight_decay: float = Field(default=0.01, ge=0)
+    mlp_max_epochs: int = Field(default=200, ge=1)
+    mlp_patience: int = Field(default=20, ge=1)  # epochs without a better validation error
+
+
+class ResourcesConfig(Section):
+    """What the work may use. None of it changes a result's digest."""
+
+    num_workers: int = execution(2)  # training ranks
+    cpus_per_worker: int = execution(1)
+    use_gpu: bool = execution(False)
+
+    @field_validator("num_workers", "cpus_per_worker")
+    @classmethod
+    def _at_least_one(cls, value: int) -> int:
+        if value < 1:
+            raise ValueError("must be at least 1")
+        return value
+
+
+class RunConfig(Section):
+    """A whole run: where it is stored and what every stage does."""
+
+    run: str = "run"
+    storage: str = "runs"  # a local path or s3://bucket/prefix
+    source: SourceConfig = FolderSource()
+    ingest: IngestConfig = IngestConfig()
+    pixels: PixelsConfig = PixelsConfig()
+    caption: CaptionConfig = CaptionConfig()
+    refine: RefineConfig = RefineConfig()
+    split: SplitConfig = SplitConfig()
+    pack: PackConfig = PackConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    embed: EmbedConfig = EmbedConfig()
+    probe: ProbeConfig = ProbeConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @field_validator("run")
+    @classmethod
+    def _safe_run(cls, value: str) -> str:
+        if not is_safe_name(value):
+            raise ValueError("a run's name is a folder's name: letters, digits, '.', '_' and '-', not starting with '.'")
+        return value
+
+    @model_validator(mode="after")
+    def _check_batches(self) -> Self:
+        held = self.train.micro_batch_size * self.resources.num_workers
+        wanted = self.train.contrastive_batch_size
+        if wanted > held:
+            raise ValueError(
+                f"train.contrastive_batch_size={wanted} is above train.micro_batch_size x resources.num_workers = "
+                f"{self.train.micro_batch_size} x {self.resources.num_workers} = {held}: contrastive batches that do not "
+                "fit in one forward of all ranks are not supported yet; raise the micro batch or the number of workers, "
+                f"or set train.contrastive_batch_size={held}"
+            )
+        if wanted < held:
+            raise ValueError(
+                f"train.contrastive_batch_size={wanted} is below train.micro_batch_size x resources.num_workers = {held}: "
+                f"set train.micro_batch_size={max(1, wanted // self.resources.num_workers)} or "
+                f"train.contrastive_batch_size={held}"
+            )
+        return self
+
+
+def build_config(tree: dict[str, Any]) -> RunConfig:
+    """Validate a nested dict; raises :class:`ConfigError` with one line per problem."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def apply_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
+    """A new config with `key=value` items such as `train.lr=1e-4` applied, in order.
+
+    Values are read as JSON where they are JSON (numbers, true, null, lists), `[a, b]` as a YAML list, else as text.
+    """
+    tree = config.model_dump()
+    for item in overrides:
+        key, separator, text = item.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--set {item!r}: write it as key=value, for example train.lr=1e-4")
+        _assign(tree, key.strip().split("."), _parse_value(text), key)
+    return build_config(tree)
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        if text.startswith("["):
+            try:
+                return yaml.safe_load(text)
+            except yaml.YAMLError:
+                raise ConfigError(f"{text!r} is not a list: write [a, b]") from None
+        return text
+
+
+def _assign(tree: dict[str, Any], path: list[str], value: Any, key: str) -> None:
+    node = tree
+    for depth, name in enumerate(path):
+        known = list(node)
+        if name not in node:
+            where = ".".join(path[:depth]) or "the config"
+            raise ConfigError(f"unknown key {key!r}: {where} has no {name!r}{_suggest(name, known)}")
+        if depth == len(path) - 1:
+            if name == "kind" and value in SOURCE_KINDS:
+                node.clear()  # another kind of source has other fields: they start from that kind's defaults
+                node.update(SOURCE_KINDS[value]().model_dump())
+            node[name] = value
+        elif isinstance(node[name], dict):
+            node = node[name]
+        else:
+            raise ConfigError(f"unknown key {key!r}: {'.'.join(path[: depth + 1])} is a value, not a section")
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(sorted(known))}"
+
+
+def _explain(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"] if part not in ("folder", "rsicd", "world")) or "config"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {key!r}: remove it or correct its spelling"
+    return message if key in ("config", message.split("=")[0]) else f"{key}: {message} (got {item.get('input')!r})"

@@ -1,0 +1,56 @@
+"""Between finished datasets and Ray Data: connect to Ray, read a dataset, write one in its fixed schema."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+
+from urbanclip_ray.storage import Dataset, Publication, resolve
+
+
+def connect() -> None:
+    """Join the cluster of `RAY_ADDRESS` (set inside a submitted job), else start a Ray of our own on this machine.
+
+    A Ray that happens to run on this machine is left alone unless the address says so.
+    """
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, log_to_driver=True)
+    else:
+        ray.init(address="local", include_dashboard=False, log_to_driver=True)
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True  # the same input gives the same files
+    context.print_on_execution_start = False
+
+
+def read(dataset: Dataset, columns: list[str] | None = None) -> ray.data.Dataset:
+    """The rows of a finished dataset, exactly the files that its manifest names."""
+    filesystem, _ = resolve(dataset.uri)
+    return ray.data.read_parquet(dataset.parquet_paths(), filesystem=filesystem, columns=columns, partitioning=None)
+
+
+def conform(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
+    """A batch as a table in a dataset's schema; a missing or an extra column is a mistake of ours and raises."""
+    if set(columns) != set(schema.names):
+        raise AssertionError(f"columns {sorted(columns)} are not those of the schema {sorted(schema.names)}")
+    return pa.table([pa.array(columns[field.name], type=field.type) for field in schema], schema=schema)
+
+
+def write(rows: ray.data.Dataset, publication: Publication, *, max_rows_per_file: int | None = None) -> None:
+    """Run the Ray Data job and write its rows below the publication."""
+    filesystem, path = resolve(publication.data_uri)
+    rows.write_parquet(path, filesystem=filesystem, max_rows_per_file=max_rows_per_file)
+
+
+def map_tables(
+    rows: ray.data.Dataset, function: Callable[[pa.Table], pa.Table], *, batch_size: int
+) -> ray.data.Dataset:
+    """Apply a function from table to table in stateless tasks."""
+    return rows.map_batches(function, batch_size=batch_size, batch_format="pyarrow")

@@ -1,0 +1,119 @@
+"""Column names and one pyarrow schema per dataset of the walk.
+
+Every box of the walk is a Parquet dataset; these are its columns. A stage writes exactly these, in this order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+import pyarrow as pa
+
+FORMAT_VERSION = 1  # part of every digest: raise it when the meaning of a column or of a stage changes
+
+TILES = pa.schema(
+    [
+        pa.field("tile_id", pa.string(), nullable=False),  # region/stem by default
+        pa.field("region", pa.string(), nullable=False),  # the city, or the sub-folder
+        pa.field("image", pa.binary()),  # the source's encoded bytes, untouched; null where there is none
+        pa.field("sha256", pa.string()),
+        pa.field("width", pa.int32()),  # px
+        pa.field("height", pa.int32()),  # px
+        pa.field("lon", pa.float64()),  # WGS84 degrees, tile centre; null where unknown
+        pa.field("lat", pa.float64()),
+        pa.field("west", pa.float64()),
+        pa.field("south", pa.float64()),
+        pa.field("east", pa.float64()),
+        pa.field("north", pa.float64()),
+        pa.field("scheme", pa.string(), nullable=False),  # web_mercator, baidu, geotiff, plate_carree, none
+        pa.field("group", pa.string()),  # e.g. a zipcode
+        pa.field("error", pa.string()),  # why the image cannot be used; null where it can
+    ]
+)
+
+CAPTIONS = pa.schema(
+    [
+        pa.field("tile_id", pa.string(), nullable=False),
+        pa.field("caption_key", pa.string(), nullable=False),
+        pa.field("text", pa.string()),
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("error", pa.string()),
+    ]
+)
+
+REJECTED = pa.struct([pa.field("text", pa.string()), pa.field("reason", pa.string())])
+
+PAIRS = pa.schema(
+    [
+        pa.field("tile_id", pa.string(), nullable=False),
+        pa.field("texts", pa.list_(pa.string()), nullable=False),  # accepted sentences, in order
+        pa.field("rejected", pa.list_(REJECTED), nullable=False),
+    ]
+)
+
+SPLITS = pa.schema(
+    [
+        pa.field("tile_id", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),  # source, random, blocks, group
+        pa.field("seed", pa.int32(), nullable=False),  # the draw of train and validation
+        pa.field("fold", pa.int32(), nullable=False),
+        pa.field("part", pa.string(), nullable=False),  # train, val, test
+    ]
+)
+
+SHARDS = pa.schema(
+    [
+        pa.field("row_id", pa.int64(), nullable=False),
+        pa.field("tile_id", pa.string(), nullable=False),
+        pa.field("image", pa.binary(), nullable=False),
+        pa.field("texts", pa.list_(pa.string()), nullable=False),
+        pa.field("part", pa.string(), nullable=False),  # train or val: test rows are never packed
+    ]
+)
+
+PREDICTIONS = pa.schema(
+    [
+        pa.field("tile_id", pa.string(), nullable=False),
+        pa.field("indicator", pa.string(), nullable=False),
+        pa.field("method", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("fold", pa.int32(), nullable=False),
+        pa.field("seed", pa.int32(), nullable=False),
+        pa.field("y", pa.float64(), nullable=False),
+        pa.field("y_pred", pa.float64(), nullable=False),
+        pa.field("space", pa.string(), nullable=False),  # raw, log, log1p
+    ]
+)
+
+
+def labels_schema(indicators: list[str]) -> pa.Schema:
+    """Labels: `tile_id` and one nullable float column per indicator, in the indicator's own unit."""
+    return pa.schema(
+        [pa.field("tile_id", pa.string(), nullable=False)] + [pa.field(name, pa.float64()) for name in indicators]
+    )
+
+
+def embeddings_schema(width: int) -> pa.Schema:
+    """Embeddings: a float32 vector of `width` numbers per tile and the digest of the weights that made it."""
+    return pa.schema(
+        [
+            pa.field("tile_id", pa.string(), nullable=False),
+            pa.field("embedding", pa.list_(pa.float32(), width), nullable=False),
+            pa.field("weights", pa.string(), nullable=False),
+        ]
+    )
+
+
+def caption_key(
+    sha256: str, model: str, revision: str, prompt: str, decoding: dict[str, float | int | str], sample: int
+) -> str:
+    """What a caption is known by: everything that made it. The same key never needs to be generated twice."""
+    fields = [sha256, model, revision, prompt, *(f"{key}={decoding[key]}" for key in sorted(decoding)), str(sample)]
+    return hashlib.sha256("\x1f".join(fields).encode()).hexdigest()
+
+
+def is_safe_name(name: str) -> bool:
+    """Whether a name may become one folder of a path: no separators, no leading dot, nothing exotic."""
+    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", name) is not None

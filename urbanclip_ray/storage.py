@@ -1,0 +1,362 @@
+"""URIs, files and datasets: local paths and `s3://` through the same code.
+
+A dataset is a folder `<storage>/<run>/<stage>/<digest>` with Parquet files and a `manifest.json`. The manifest is written
+last, by one conditional write, and is what makes the dataset exist: files without it are leftovers that no reader sees.
+Nothing finished is ever overwritten.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from urbanclip_ray.schema import FORMAT_VERSION
+
+MANIFEST = "manifest.json"
+READ_CHUNK_BYTES = 1 << 20
+S3_ATTEMPTS = 10  # the default of 3 loses transfers when a server restarts (6 s away)
+RECORDED_LIBRARIES = ("ray", "torch", "open_clip_torch", "deepspeed", "pyarrow", "numpy", "scikit-learn")
+
+
+class StorageError(RuntimeError):
+    """Storage that cannot do what was asked; the message names the URI and the fix."""
+
+
+class MissingDatasetError(StorageError):
+    """A dataset without a manifest: it does not exist, or was never finished."""
+
+
+class FileEntry(BaseModel):
+    """One file of a dataset; `path` is relative to the dataset's folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    path: str
+    num_bytes: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What a finished dataset is and what it was made of. What came in = what went out + rejects, in `unit`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    stage: str
+    config: dict[str, Any]
+    parents: dict[str, str]  # stage -> sha256 of its manifest
+    unit: str
+    rows_in: int
+    rows_out: int
+    rejects: dict[str, int]  # reason -> count
+    files: tuple[FileEntry, ...]
+    facts: dict[str, Any]  # what else the stage says of itself
+    libraries: dict[str, str]
+
+
+def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem and path of a URI. Anything without a scheme is a local path.
+
+    S3 takes its endpoint, region and keys from the AWS environment variables and retries for as long as a restart takes.
+    """
+    if uri.startswith("s3://"):
+        return _s3_filesystem(), uri.removeprefix("s3://").rstrip("/")
+    if uri.startswith("file://"):
+        return pafs.LocalFileSystem(), uri.removeprefix("file://")
+    if "://" in uri:
+        raise StorageError(f"{uri}: only local paths and s3:// are supported")
+    return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+
+
+def _s3_filesystem() -> pafs.S3FileSystem:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    options: dict[str, Any] = {"retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS)}
+    if endpoint:
+        scheme, _, host = endpoint.partition("://")
+        options |= {"endpoint_override": host, "scheme": scheme}
+    if region := os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"):
+        options["region"] = region
+    return pafs.S3FileSystem(**options)
+
+
+def join(uri: str, *parts: str) -> str:
+    """A URI below another. Parts are names that we made; they must not climb out."""
+    for part in parts:
+        if part.startswith("/") or ".." in part.split("/"):
+            raise StorageError(f"{part!r} is not a name below {uri}")
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def read_bytes(uri: str) -> bytes:
+    filesystem, path = resolve(uri)
+    with filesystem.open_input_stream(path) as stream:
+        data: bytes = stream.read()
+        return data
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write a small file whole: on a local disk by rename, on S3 by a single PUT, so no reader sees half of it."""
+    filesystem, path = resolve(uri)
+    try:
+        if isinstance(filesystem, pafs.LocalFileSystem):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            temporary = f"{path}.{secrets.token_hex(4)}.tmp"
+            try:
+                with open(temporary, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+            finally:
+                if os.path.exists(temporary):
+                    os.remove(temporary)
+        else:
+            with filesystem.open_output_stream(path) as stream:
+                stream.write(data)
+    except OSError as error:
+        raise explain_os_error(error, uri) from error
+
+
+def exists(uri: str) -> bool:
+    filesystem, path = resolve(uri)
+    return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
+
+
+def list_files(uri: str, recursive: bool = True) -> list[pafs.FileInfo]:
+    """Files below a URI in the order of their paths; raises when the folder is not there."""
+    filesystem, path = resolve(uri)
+    if filesystem.get_file_info(path).type == pafs.FileType.NotFound:
+        raise StorageError(f"{uri}: no such folder; check the path")
+    found = filesystem.get_file_info(pafs.FileSelector(path, recursive=recursive))
+    return sorted((info for info in found if info.is_file), key=lambda info: str(info.path))
+
+
+def delete_folder(uri: str) -> None:
+    filesystem, path = resolve(uri)
+    if filesystem.get_file_info(path).type == pafs.FileType.Directory:
+        filesystem.delete_dir(path)
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value, keys sorted."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def explain_os_error(error: OSError, uri: str) -> OSError:
+    """The same error with the place and the fix in its message, where we know one."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        fix = "the disk is full: free space or set --storage to another place, then run the same command again"
+    elif error.errno in (errno.EACCES, errno.EROFS):
+        fix = "it cannot be written: change its permissions or set --storage to another place"
+    else:
+        return error
+    return OSError(error.errno, f"{uri}: {fix}")
+
+
+class Dataset:
+    """A finished dataset: its URI and its manifest."""
+
+    def __init__(self, uri: str, manifest: Manifest, manifest_sha256: str) -> None:
+        self.uri = uri
+        self.manifest = manifest
+        self.sha256 = manifest_sha256
+
+    def __repr__(self) -> str:
+        return f"Dataset({self.uri!r}, rows={self.manifest.rows_out})"
+
+    def file_uri(self, name: str) -> str:
+        """The URI of the file whose last path component is `name`."""
+        for entry in self.manifest.files:
+            if entry.path.rsplit("/", 1)[-1] == name:
+                return join(self.uri, entry.path)
+        raise StorageError(f"{self.uri} has no file {name!r}")
+
+    def parquet_paths(self) -> list[str]:
+        """Paths of the Parquet files as the filesystem of :func:`resolve` knows them."""
+        _, root = resolve(self.uri)
+        return [f"{root}/{entry.path}" for entry in self.manifest.files if entry.path.endswith(".parquet")]
+
+    def read(self, columns: list[str] | None = None, filters: Any = None) -> pa.Table:
+        """The rows as one table in memory: for datasets without pixels, or a few rows by `filters`."""
+        filesystem, _ = resolve(self.uri)
+        return pq.read_table(self.parquet_paths(), columns=columns, filters=filters, filesystem=filesystem)
+
+
+def open_dataset(uri: str) -> Dataset:
+    """The finished dataset at a URI; raises :class:`MissingDatasetError` naming it when it has no manifest."""
+    where = join(uri, MANIFEST)
+    try:
+        data = read_bytes(where)
+    except FileNotFoundError:
+        raise MissingDatasetError(
+            f"{uri} has no {MANIFEST}: it is not a finished dataset. Run the stage that makes it, or correct the path"
+        ) from None
+    try:
+        manifest = Manifest.model_validate_json(data)
+    except ValidationError as error:
+        raise StorageError(f"{where} is not a manifest of ours: {error.errors()[0]['msg']}") from None
+    return Dataset(uri, manifest, hashlib.sha256(data).hexdigest())
+
+
+def find_dataset(uri: str) -> Dataset | None:
+    """The finished dataset at a URI, or None where there is none yet."""
+    try:
+        return open_dataset(uri)
+    except MissingDatasetError:
+        return None
+
+
+class Publication:
+    """A dataset in the making. Files go below `data_uri`; :func:`publish` writes the manifest when all is well."""
+
+    def __init__(self, uri: str, stage: str) -> None:
+        self.uri = uri
+        self.stage = stage
+        self.attempt = f"data-{secrets.token_hex(4)}"  # its own folder: two writers never touch one file
+        self.data_uri = join(uri, self.attempt)
+        self.unit = "rows"
+        self.rows_in = 0
+        self.rows_out = 0
+        self.rejects: dict[str, int] = {}
+        self.facts: dict[str, Any] = {}
+        filesystem, path = resolve(self.data_uri)
+        try:
+            filesystem.create_dir(path, recursive=True)
+        except OSError as error:
+            raise explain_os_error(error, uri) from error
+
+    def count(self, *, unit: str, rows_in: int, rows_out: int, rejects: dict[str, int]) -> None:
+        """Account for every row; what came in must be what went out plus the rejects."""
+        if rows_in != rows_out + sum(rejects.values()):
+            raise AssertionError(f"{self.stage}: {rows_in} {unit} in, but {rows_out} out and {rejects} rejected")
+        self.unit, self.rows_in, self.rows_out = unit, rows_in, rows_out
+        self.rejects = dict(sorted(rejects.items()))
+
+    def write_table(self, table: pa.Table, name: str = "part-00000.parquet") -> None:
+        """Write one table that fits in memory."""
+        filesystem, path = resolve(join(self.data_uri, name))
+        try:
+            pq.write_table(table, path, filesystem=filesystem)
+        except OSError as error:
+            raise explain_os_error(error, self.uri) from error
+
+    def write_file(self, name: str, data: bytes) -> None:
+        write_bytes(join(self.data_uri, name), data)
+
+    def read(self, columns: list[str]) -> pa.Table:
+        """Columns of the Parquet files written so far, for counting."""
+        filesystem, _ = resolve(self.uri)
+        paths = [str(info.path) for info in list_files(self.data_uri) if str(info.path).endswith(".parquet")]
+        return pq.read_table(paths, columns=columns, filesystem=filesystem)
+
+    def entries(self) -> tuple[FileEntry, ...]:
+        """Every file of this attempt with its size and checksum, read back from storage."""
+        filesystem, root = resolve(self.uri)
+        entries = []
+        for info in list_files(self.data_uri):
+            hasher = hashlib.sha256()
+            with filesystem.open_input_stream(info.path) as stream:
+                while chunk := stream.read(READ_CHUNK_BYTES):
+                    hasher.update(chunk)
+            relative = str(info.path).removeprefix(root).lstrip("/")
+            entries.append(FileEntry(path=relative, num_bytes=info.size, sha256=hasher.hexdigest()))
+        return tuple(entries)
+
+
+@contextmanager
+def publish(uri: str, stage: str, config: dict[str, Any], parents: dict[str, Dataset]) -> Iterator[Publication]:
+    """Make a dataset: yields a :class:`Publication`, and writes the manifest when the block ends without an error.
+
+    On an error the attempt's files are removed and the dataset does not exist. Where another writer finished the same
+    dataset first, theirs stands and ours is removed.
+    """
+    publication = Publication(uri, stage)
+    try:
+        yield publication
+        manifest = Manifest(
+            stage=stage,
+            config=config,
+            parents={name: parent.sha256 for name, parent in sorted(parents.items())},
+            unit=publication.unit,
+            rows_in=publication.rows_in,
+            rows_out=publication.rows_out,
+            rejects=publication.rejects,
+            files=publication.entries(),
+            facts=publication.facts,
+            libraries=library_versions(),
+        )
+        if not _create_exclusively(join(uri, MANIFEST), manifest.model_dump_json(indent=1).encode()):
+            delete_folder(publication.data_uri)
+    except OSError as error:
+        delete_folder(publication.data_uri)
+        raise explain_os_error(error, uri) from error
+    except BaseException:
+        delete_folder(publication.data_uri)
+        raise
+
+
+def _create_exclusively(uri: str, data: bytes) -> bool:
+    """Create a file only if it is not there; False where another writer was first."""
+    filesystem, path = resolve(uri)
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        temporary = f"{path}.{secrets.token_hex(4)}.tmp"
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(temporary, path)  # fails when the target exists, unlike a rename
+        except FileExistsError:
+            return False
+        finally:
+            if os.path.exists(temporary):
+                os.remove(temporary)
+        return True
+    return _put_if_absent(path, data)
+
+
+def _put_if_absent(path: str, data: bytes) -> bool:
+    """One PUT with `If-None-Match: *`, which pyarrow does not offer: botocore, which s3fs brings, does."""
+    import botocore.exceptions
+    import botocore.session
+
+    bucket, _, key = path.partition("/")
+    client = botocore.session.get_session().create_client("s3")
+    try:
+        client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+    except botocore.exceptions.ClientError as error:
+        if error.response.get("Error", {}).get("Code") in ("PreconditionFailed", "ConditionalRequestConflict"):
+            return False
+        raise StorageError(f"s3://{path}: {error}") from error
+    return True
+
+
+def dataset_uri(storage: str, run: str, stage: str, config: dict[str, Any], parents: dict[str, Dataset]) -> str:
+    """Where a dataset lives: its folder is named by everything that decides its content."""
+    made_of = {
+        "format": FORMAT_VERSION,
+        "stage": stage,
+        "config": config,
+        "parents": {name: parent.sha256 for name, parent in parents.items()},
+    }
+    return join(storage, run, stage, digest(made_of)[:16])
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that shape results, as installed."""
+    found = {"urbanclip_ray": importlib.metadata.version("urbanclip_ray")}
+    for name in RECORDED_LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
