@@ -14,17 +14,16 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from urbanclip_ray.errors import UserError
 from urbanclip_ray.schema import is_safe_name
 
 T = TypeVar("T")
 
 SplitKind = Literal["source", "random", "blocks", "group"]
-Method = Literal[
-    "pretrained", "untrained", "pretrained_mlp", "untrained_mlp", "pretrained_mean", "colour", "coordinates", "mean"
-]
+Method = Literal["pretrained", "untrained", "pretrained_mlp", "untrained_mlp", "colour", "coordinates", "mean"]
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A config that cannot be built; the message names the key and the fix."""
 
 
@@ -192,6 +191,7 @@ class TrainConfig(Section):
     augment: AugmentConfig = AugmentConfig()
     shuffle_window_rows: int = Field(default=8192, ge=1)
     validations: int = Field(default=5, ge=1)  # evenly over the run, the last one at its end
+    max_validation_rows: int = Field(default=2048, ge=1)
     seed: int = 0
     zero_stage: Literal[1] = execution(1)  # the only stage for now
     checkpoint_every_steps: int = execution(100)
@@ -218,6 +218,7 @@ class EmbedConfig(Section):
     views: Literal[1, 8] = 1  # 8: the mean over flips and quarter turns
     tiles_per_batch: int = execution(64)
     num_actors: int = execution(2)
+    gpus_per_actor: float = execution(0.0)
 
 
 class ProbeConfig(Section):
@@ -281,7 +282,9 @@ class RunConfig(Section):
     @classmethod
     def _safe_run(cls, value: str) -> str:
         if not is_safe_name(value):
-            raise ValueError("a run's name is a folder's name: letters, digits, '.', '_' and '-', not starting with '.'")
+            raise ValueError(
+                "a run's name is a folder's name: letters, digits, '.', '_' and '-', not starting with '.'"
+            )
         return value
 
     @model_validator(mode="after")

@@ -22,6 +22,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from urbanclip_ray.errors import UserError
 from urbanclip_ray.schema import FORMAT_VERSION
 
 MANIFEST = "manifest.json"
@@ -30,7 +31,7 @@ S3_ATTEMPTS = 10  # the default of 3 loses transfers when a server restarts (6 s
 RECORDED_LIBRARIES = ("ray", "torch", "open_clip_torch", "deepspeed", "pyarrow", "numpy", "scikit-learn")
 
 
-class StorageError(RuntimeError):
+class StorageError(UserError, RuntimeError):
     """Storage that cannot do what was asked; the message names the URI and the fix."""
 
 

@@ -1,0 +1,9 @@
+"""Embed: the frozen image encoder turns tiles into vectors; retrieval of the held-out tiles is measured.
+
+example: python jobs/embed.py --recipe own_tiles --set source.uri=my_tiles --set embed.views=8
+"""
+
+from urbanclip_ray.command_line import run_job
+
+if __name__ == "__main__":
+    run_job(__doc__, sections=["embed", "pixels"], stages=["embeddings", "untrained", "retrieval"])

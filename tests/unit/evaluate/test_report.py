@@ -1,0 +1,451 @@
+from __future__ import annotations
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from urbanclip_ray import storage
+from urbanclip_ray.config import RunConfig, WorldSource, build_config
+from urbanclip_ray.evaluate import plots
+from urbanclip_ray.evaluate.findings import finding, score_table
+from urbanclip_ray.evaluate.report import write_report
+from urbanclip_ray.schema import CAPTIONS, PAIRS, PREDICTIONS, SPLITS, TILES, embeddings_schema
+from urbanclip_ray.storage import Dataset, open_dataset, publish
+
+HOSTILE = ("<script>alert(1)</script>", '"></script><img src=http://evil.example/x onerror=alert(2)>')
+HOSTILE_TILE = "<b>tile</b>&</script>"
+INDICATORS = ("log_population", "<i>places</i>")
+METHODS = ("pretrained", "pretrained_mlp", "untrained", "untrained_mlp", "colour", "coordinates", "mean")
+NUM_DRAWS = 4
+
+
+def make(root, stage, tables=(), files=(), *, rejects=None, unit="tiles", rows_out=0) -> Dataset:
+    uri = storage.join(str(root), stage)
+    rejects = rejects or {}
+    with publish(uri, stage, {}, {}) as publication:
+        for table in tables:
+            publication.write_table(table)
+            rows_out = table.num_rows
+        for name, content in files:
+            publication.write_file(name, json.dumps(content).encode())
+        publication.count(unit=unit, rows_in=rows_out + sum(rejects.values()), rows_out=rows_out, rejects=rejects)
+    return open_dataset(uri)
+
+
+def jpeg(generator) -> bytes:
+    smooth = Image.fromarray(generator.integers(30, 200, (4, 4, 3), dtype=np.uint8)).resize((54, 54), Image.BICUBIC)
+    buffer = io.BytesIO()
+    smooth.save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def make_tiles(root, num_tiles, *, located=True, regions=("west", "east")) -> tuple[Dataset, list[dict]]:
+    generator = np.random.default_rng(1)
+    rows = []
+    side = int(np.ceil(num_tiles**0.5))
+    for index in range(num_tiles):
+        lon, lat = 10 + 0.1 * (index % side), 50 + 0.07 * (index // side)
+        box = {
+            "lon": lon,
+            "lat": lat,
+            "west": lon - 0.05,
+            "east": lon + 0.05,
+            "south": lat - 0.035,
+            "north": lat + 0.035,
+        }
+        rows.append(
+            {
+                "tile_id": f"world/{index:04d}" if index else HOSTILE_TILE,
+                "region": regions[index % len(regions)],
+                "image": jpeg(generator),
+                "sha256": "0" * 64,
+                "width": 54,
+                "height": 54,
+                **(box if located else dict.fromkeys(box)),
+                "scheme": "none",
+                "group": None,
+                "error": None,
+            }
+        )
+    rows[1] |= {"image": b"broken", "error": "not an image"}
+    table = pa.Table.from_pylist(rows, schema=TILES)
+    return make(root, "tiles", [table], rejects={"not an image": 2}), rows
+
+
+def make_splits(root, rows) -> Dataset:
+    parts = {row["tile_id"]: ("test", "train", "val", "train", "train")[index % 5] for index, row in enumerate(rows)}
+    table = pa.Table.from_pylist(
+        [
+            {"tile_id": tile_id, "split": split, "seed": seed, "fold": 0, "part": part}
+            for split in ("blocks", "random")
+            for seed in range(NUM_DRAWS)
+            for tile_id, part in parts.items()
+        ],
+        schema=SPLITS,
+    )
+    return make(root, "splits", [table])
+
+
+def make_scores(means, *, indicators=INDICATORS, null_methods=()) -> dict:
+    """scores.json with R² of `means` per method on blocks; random is 0.15 higher."""
+    probe = []
+    for indicator in indicators:
+        for split, gain in (("blocks", 0.0), ("random", 0.15)):
+            for method, mean in means.items():
+                for metric, value in (("r2", mean + gain), ("rmse", 1.2 - mean), ("mae", 0.9 - mean)):
+                    is_null = metric == "r2" and method in null_methods
+                    probe.append(
+                        {
+                            "indicator": indicator,
+                            "method": method,
+                            "split": split,
+                            "metric": metric,
+                            "space": "log1p",
+                            "mean": None if is_null else value,
+                            "std": None if is_null else 0.02,
+                            "seeds": NUM_DRAWS,
+                            "num_test": 60,
+                        }
+                    )
+    return {"probe": probe, "paired": [], "transductive": ["random"], "outer": "blocks"}
+
+
+def paired(indicator, mean, margin=0.05, **changes) -> dict:
+    return {
+        "indicator": indicator,
+        "split": "blocks",
+        "method": "pretrained",
+        "against": "untrained",
+        "metric": "r2",
+        "mean": mean,
+        "low": mean - margin,
+        "high": mean + margin,
+        "low_tiles": mean - margin,
+        "high_tiles": mean + margin,
+        "draws": NUM_DRAWS,
+        "num_positive": NUM_DRAWS if mean > 0 else 0,
+        **changes,
+    }
+
+
+MEANS = dict(zip(METHODS, (0.52, 0.49, 0.41, 0.38, 0.47, 0.58, -0.02), strict=True))
+
+
+def make_probe(root, rows, scores, *, indicators=INDICATORS) -> Dataset:
+    generator = np.random.default_rng(2)
+    predictions = []
+    for indicator in indicators:
+        for index, row in enumerate(rows[::5]):
+            truth = 6 + 2 * np.sin(index / 5) + generator.normal(0, 0.4)
+            for seed in range(NUM_DRAWS):
+                predictions += [
+                    {
+                        "tile_id": row["tile_id"],
+                        "indicator": indicator,
+                        "method": method,
+                        "split": split,
+                        "fold": 0,
+                        "seed": seed,
+                        "y": truth,
+                        "y_pred": 6 + 0.6 * (truth - 6) + generator.normal(0, 0.5),
+                        "space": "log1p",
+                    }
+                    for method in ("pretrained", "untrained")
+                    for split in ("blocks", "random")
+                ]
+    table = pa.Table.from_pylist(predictions, schema=PREDICTIONS)
+    return make(root, "probe", [table], [("scores.json", scores)], unit="predictions", rejects={"no value": 3})
+
+
+def make_text(root, rows) -> dict[str, Dataset]:
+    captions, pairs = [], []
+    for index, row in enumerate(rows):
+        texts = [f"Dark green forest covers {10 + index % 80} percent of the tile.", "A river runs through it."]
+        rejected = [{"text": "Short.", "reason": "too short"}] * (index % 7 == 0)
+        if index == 0:
+            texts, rejected = list(HOSTILE), [{"text": text, "reason": text} for text in HOSTILE]
+        pairs.append({"tile_id": row["tile_id"], "texts": texts, "rejected": rejected})
+        caption = {"tile_id": row["tile_id"], "caption_key": f"{index:064x}", "text": " ".join(texts)}
+        captions.append(caption | {"model": "land_cover", "prompt": "", "error": None})
+    return {
+        "captions": make(root, "captions", [pa.Table.from_pylist(captions, schema=CAPTIONS)]),
+        "pairs": make(
+            root, "pairs", [pa.Table.from_pylist(pairs, schema=PAIRS)], unit="sentences", rejects={HOSTILE[0]: 7}
+        ),
+    }
+
+
+def make_pretrain(root) -> Dataset:
+    steps = np.arange(1, 201)
+    train = [
+        {
+            "step": int(step),
+            "epoch": int(step) // 20,
+            "loss": float(8 * np.exp(-step / 90) + 1),
+            "contrastive": float(4 * np.exp(-step / 60) + 0.5),
+            "caption": float(4 * np.exp(-step / 120) + 0.5),
+            "lr": float(1e-3 * min(step / 20, np.cos((step - 20) / 180 * np.pi / 2))),
+            "logit_scale": 14.0,
+            "samples_per_s": 210.0,
+        }
+        for step in steps
+    ]
+    validation = []
+    for step in steps[39::40]:
+        row = {"step": int(step), "epoch": int(step) // 20, "contrastive": 2.0, "caption": 1.5}
+        for direction in ("image_to_text", "text_to_image"):
+            row |= {f"{direction}_r{k}": float(min(1, 0.02 * k * step / 60)) for k in (1, 5, 10)}
+        validation.append(row | {"num_images": 120, "num_texts": 500})
+    return make(root, "pretrain", [], [("history.json", {"train": train, "validation": validation})], unit="steps")
+
+
+def make_retrieval(root) -> Dataset:
+    chance = {"r1": 0.008, "r5": 0.04, "r10": 0.08}
+    found = {"r1": 0.125, "r5": 0.4, "r10": 0.6}
+    parts = [
+        {
+            "part": part,
+            "num_images": 120,
+            "num_texts": 500,
+            "image_to_text": found,
+            "text_to_image": found,
+            "chance": {"image_to_text": chance, "text_to_image": chance},
+        }
+        for part in ("val", "test")
+    ]
+    return make(root, "retrieval", [], [("retrieval.json", parts)])
+
+
+def make_embeddings(root, rows) -> Dataset:
+    vectors = [{"tile_id": row["tile_id"], "embedding": [0.0, 1.0], "weights": "1a2b3c4d5e6f7788" * 4} for row in rows]
+    return make(root, "embeddings", [pa.Table.from_pylist(vectors, schema=embeddings_schema(2))])
+
+
+def world_config() -> RunConfig:
+    return RunConfig(run="world-demo", source=WorldSource())
+
+
+def make_run(root, *, num_tiles=40, scores=None, located=True, complete=True, regions=("west", "east")):
+    tiles, rows = make_tiles(root, num_tiles, located=located, regions=regions)
+    if scores is None:
+        scores = make_scores(MEANS)
+        scores["paired"] = [paired(INDICATORS[0], 0.11), paired(INDICATORS[1], 0.02)]
+    datasets = {"tiles": tiles, "splits": make_splits(root, rows), "probe": make_probe(root, rows, scores)}
+    if complete:
+        datasets |= make_text(root, rows)
+        datasets |= {"pretrain": make_pretrain(root), "retrieval": make_retrieval(root)}
+        datasets |= {"embeddings": make_embeddings(root, rows)}
+    return datasets, scores
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page: elements, attributes that fetch, text outside scripts, scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.text = ""
+        self.scripts: list[str] = []
+        self._inside = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self._inside = tag if tag in ("script", "style") else ""
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self._inside = ""
+
+    def handle_data(self, data):
+        if self._inside == "script":
+            self.scripts[-1] += data
+        elif not self._inside:
+            self.text += data
+
+
+def render(root, config, datasets) -> tuple[dict, Page]:
+    json_uri, html_uri = write_report(config, datasets, storage.join(str(root), "report"))
+    return json.loads(storage.read_bytes(json_uri)), Page(storage.read_bytes(html_uri).decode())
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory):
+    root = tmp_path_factory.mktemp("complete")
+    datasets, scores = make_run(root)
+    record, page = render(root, world_config(), datasets)
+    return datasets, scores, record, page
+
+
+def figures_of(page: Page) -> dict:
+    return json.loads(page.scripts[1])
+
+
+def test_json_repeats_the_scores_and_names_every_dataset(complete):
+    datasets, scores, record, _ = complete
+    for key in ("probe", "paired", "transductive", "outer"):
+        assert record[key] == scores[key]
+    assert set(record["provenance"]) == set(datasets)
+    for stage, dataset in datasets.items():
+        assert record["provenance"][stage]["manifest_sha256"] == dataset.sha256
+        assert record["provenance"][stage]["uri"] == dataset.uri
+    assert record["provenance"]["tiles"]["rejects"] == {"not an image": 2}
+    assert build_config(record["config"]) == world_config()
+
+
+def test_page_fetches_nothing(complete):
+    page = complete[3]
+    fetching = ("src", "href", "srcset", "data", "action", "poster", "background", "xlink:href")
+    urls = [attrs[name] for _, attrs in page.elements for name in fetching if name in attrs]
+    assert len(urls) >= 10
+    assert all(url.startswith("data:image/jpeg;base64,") for url in urls)
+    assert not {tag for tag, _ in page.elements} & {"link", "iframe", "object", "embed", "base", "svg", "form"}
+    policy = next(attrs["content"] for tag, attrs in page.elements if attrs.get("http-equiv"))
+    assert "default-src 'none'" in policy
+    assert "http" not in policy
+
+
+def test_hostile_data_stays_text(complete):
+    page = complete[3]
+    assert len(page.scripts) == 3  # plotly, the figures, ours
+    assert not [attrs for _, attrs in page.elements if any(name.startswith("on") for name in attrs)]
+    assert not [tag for tag, _ in page.elements if tag in ("b", "i")]
+    for text in (*HOSTILE, HOSTILE_TILE, INDICATORS[1]):
+        assert text in page.text
+    hovers = [
+        text for figure in figures_of(page).values() for trace in figure["data"] for text in trace.get("text", ())
+    ]
+    assert "&lt;b&gt;tile&lt;/b&gt;&amp;&lt;/script&gt;" in hovers
+    assert not [text for text in hovers if "<" in text]
+
+
+def test_sections_come_in_order_and_say_what_was_done(complete):
+    page = complete[3]
+    wanted = [
+        "world-demo",
+        "pretraining helps",
+        "no clear difference",
+        "Transductive: test tiles of this split were seen in pretraining; neighbours leak.",
+        "Truth, prediction and residual",
+        "Retrieval with the final weights",
+        "Tiles and their sentences",
+        "too short",
+        "What went in and out",
+        "What these numbers must not be used for",
+        "not city imagery",
+    ]
+    places = [page.text.find(text) for text in wanted]
+    assert -1 not in places
+    assert places == sorted(places)
+    assert "described by the rule-based baseline" in page.text
+    assert "1a2b3c4d5e6f" in page.text
+    assert "12.5%" in page.text
+
+
+def test_every_plot_of_the_page_has_its_figure_with_data(complete):
+    page = complete[3]
+    placed = [attrs["data-figure"] for _, attrs in page.elements if "data-figure" in attrs]
+    figures = figures_of(page)
+    assert sorted(placed) == sorted(figures)
+    assert all(figure["data"] for figure in figures.values())
+    assert {"panel-0-truth", "panel-1-residual", "losses", "recall-image_to_text"} <= set(figures)
+
+
+def test_table_headers_have_a_scope_and_the_best_is_bold(complete):
+    page, scores = complete[3], complete[1]
+    assert all("scope" in attrs for tag, attrs in page.elements if tag == "th" and "colspan" not in attrs)
+    table = score_table(scores)
+    assert [split["name"] for split in table["splits"]] == ["blocks", "random"]
+    for group in table["groups"]:
+        best = [m["name"] for m in group["methods"] for cells in m["cells"] for cell in cells if cell["best"]]
+        assert best == ["coordinates only"] * 2
+
+
+def test_a_run_that_only_probes_leaves_out_the_rest(tmp_path):
+    datasets, _ = make_run(tmp_path, located=False, complete=False)
+    record, page = render(tmp_path, RunConfig(), datasets)
+    assert record["retrieval"] is None
+    assert {name.rsplit("-", 1)[-1] for name in figures_of(page)} == {"0", "1", "scatter"}
+    for text in ("Pretraining\n", "Tiles and their sentences", "rule-based", "not city imagery", "described by"):
+        assert text not in page.text
+
+
+def test_null_scores_are_dashes(tmp_path):
+    scores = make_scores(MEANS, null_methods=METHODS)
+    unknown = dict.fromkeys(("mean", "low", "high", "low_tiles", "high_tiles", "num_positive"))
+    scores["paired"] = [paired(INDICATORS[0], 0.0) | unknown]
+    datasets, _ = make_run(tmp_path, scores=scores, complete=False)
+    record, page = render(tmp_path, RunConfig(), datasets)
+    assert record["probe"] == scores["probe"]
+    assert "not scored" in page.text
+    assert "None" not in page.text
+    assert not re.search(r"\bnan\b", page.text, re.IGNORECASE)
+
+
+@pytest.mark.parametrize(
+    ("pair", "verdict"),
+    [
+        (paired("gdp", 0.1), "pretraining helps"),
+        (paired("gdp", -0.1), "pretraining hurts"),
+        (paired("gdp", 0.1, low_tiles=-0.02), "no clear difference between pretrained and untrained"),
+        (paired("gdp", 0.1, low=None, high=None), "a difference without an interval"),
+        (None, "pretrained and untrained not compared"),
+    ],
+)
+def test_the_verdict_needs_both_intervals(pair, verdict):
+    record = make_scores(MEANS, indicators=("gdp",)) | {"paired": [pair] if pair else []}
+    assert finding("gdp", record)["verdict"] == verdict
+
+
+def test_the_finding_says_when_a_baseline_wins():
+    losing = finding("gdp", make_scores(MEANS, indicators=("gdp",)))["sentences"][-1]
+    assert losing.startswith("A baseline scores highest: coordinates only, R² 0.580")
+    winning = finding("gdp", make_scores(MEANS | {"pretrained_mlp": 0.7}, indicators=("gdp",)))["sentences"][-1]
+    assert winning == "Highest R² of all methods: pretrained (MLP), 0.700."
+
+
+def test_cities_far_apart_get_a_map_each(tmp_path):
+    datasets, _ = make_run(tmp_path, complete=False)
+    rows = datasets["tiles"].read().to_pylist()
+    for index, row in enumerate(rows):
+        row["region"] = "north" if index >= 20 else "south"
+        row["lat"] += 30 * (index >= 20)
+        row["lon"] += 30 * (index >= 20)
+    datasets["tiles"] = make(tmp_path / "far", "tiles", [pa.Table.from_pylist(rows, schema=TILES)])
+    _, page = render(tmp_path, RunConfig(), datasets)
+    options = [attrs for tag, attrs in page.elements if tag == "option"]
+    assert len(options) == 4
+    latitudes = figures_of(page)["panel-0-truth"]["layout"]["yaxis"]["range"]
+    assert latitudes[1] - latitudes[0] < 2
+
+
+def test_maps_share_a_scale_and_residuals_are_centred(complete):
+    figures = figures_of(complete[3])
+    truth, prediction, residual = (
+        figures[f"panel-0-{name}"]["data"][1]["marker"] for name in ("truth", "prediction", "residual")
+    )
+    assert (truth["cmin"], truth["cmax"]) == (prediction["cmin"], prediction["cmax"])
+    assert residual["cmin"] == -residual["cmax"]
+    vertical = figures["panel-0-truth"]["layout"]["yaxis"]
+    assert vertical["scaleratio"] == pytest.approx(1 / np.cos(np.radians(np.mean(vertical["range"]))))
+
+
+def test_a_failed_fit_is_an_arrow_at_the_edge():
+    scores = [row for row in make_scores({"pretrained": 0.5, "untrained": -40.0})["probe"] if row["metric"] == "r2"]
+    outer = plots.score_dots([row for row in scores if row["indicator"] == INDICATORS[0]], "blocks")["data"][0]
+    assert outer["x"] == [0.5, -1.0]
+    assert outer["marker"]["symbol"] == ["circle", "triangle-left"]
+
+
+def test_missing_stages_are_named(tmp_path):
+    tiles, _ = make_tiles(tmp_path, 4)
+    with pytest.raises(ValueError, match="splits, probe"):
+        write_report(RunConfig(), {"tiles": tiles}, str(tmp_path / "report"))

@@ -1,0 +1,1 @@
+"""urbanclip_ray: a Ray-distributed trainer for text-enhanced urban region profiling."""

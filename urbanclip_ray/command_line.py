@@ -1,0 +1,56 @@
+"""What all jobs share: their options, their help, and errors without a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Sequence
+
+from urbanclip_ray.config import RunConfig, Section, apply_overrides
+from urbanclip_ray.errors import UserError
+from urbanclip_ray.recipes import RECIPES, load_recipe
+
+
+def run_job(description: str | None, sections: Sequence[str], stages: Sequence[str] | None) -> None:
+    """Parse the command line and run `stages` (None: the whole pipeline). `sections` are the config keys worth knowing."""
+    parser = build_parser(description or "", sections)
+    arguments = parser.parse_args()
+    try:
+        config = load_recipe(arguments.recipe)
+        overrides = [*arguments.set, *([f"storage={arguments.storage}"] if arguments.storage else [])]
+        config = apply_overrides(config, overrides)
+        if arguments.show_config:
+            print(config.model_dump_json(indent=1))
+            return
+        from urbanclip_ray.pipeline import run_stages  # imports Ray, which --help must not wait for
+
+        run_stages(config, stages)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {error.strerror or error}")
+
+
+def build_parser(description: str, sections: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description, epilog=_epilog(sections), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--recipe", required=True, metavar="NAME", help="a complete run to start from, see below")
+    parser.add_argument("--storage", metavar="URI", help="where datasets go: a local path or s3://bucket/prefix")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key; repeatable")
+    parser.add_argument("--show-config", action="store_true", help="print the whole config as JSON and stop")
+    return parser
+
+
+def _epilog(sections: Sequence[str]) -> str:
+    lines = ["recipes:"]
+    for name, recipe in RECIPES.items():
+        lines.append(f"  {name:14} {(inspect.getdoc(recipe) or '').splitlines()[0]}")
+    lines.append("\nkeys for --set, with their defaults (a recipe changes some; --show-config prints what holds):")
+    for section in sections:
+        default = RunConfig.model_fields[section].get_default()
+        if isinstance(default, Section):
+            lines += [f"  {section}.{key}={value}" for key, value in default.model_dump(mode="json").items()]
+    lines.append("\nA finished stage is kept; a change of its config or its inputs makes it anew beside the old one.")
+    return "\n".join(lines)

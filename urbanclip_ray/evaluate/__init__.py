@@ -1,0 +1,1 @@
+"""Embeddings, splits, probes, baselines, retrieval and the report."""

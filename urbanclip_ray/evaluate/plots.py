@@ -1,0 +1,266 @@
+"""Plotly figures of the report, as JSON-ready dicts that the page draws with an inlined plotly.js.
+
+Names that come from data (tiles, indicators, regions) are hostile input: plotly renders some HTML in titles and hover
+texts, so they go through `html.escape` here. Colours are readable on light and on dark paper; the font's colour is set
+by the page.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+Figure = dict[str, Any]
+
+METHOD_NAMES = {
+    "pretrained": "pretrained (ridge)",
+    "pretrained_mlp": "pretrained (MLP)",
+    "untrained": "untrained (ridge)",
+    "untrained_mlp": "untrained (MLP)",
+    "colour": "colour statistics",
+    "coordinates": "coordinates only",
+    "mean": "mean predictor",
+}
+
+OUTER_COLOUR = "#2f6fde"
+OTHER_COLOURS = ("#c2571a", "#0f8a6d", "#8b5cf6")
+NEUTRAL = "rgba(128,128,128,0.35)"
+GRID = "rgba(128,128,128,0.22)"
+LOWEST_R2_SHOWN = -1.0  # one failed fit at -40 would squeeze every other method into one point
+MAP_HEIGHT_PX = 380  # at most; a map wider than high is lower
+LOWEST_MAP_PX = 220
+MAP_MARGIN_PX = 70  # above and below the axes
+MAP_WIDTH_PX = 430  # of the axes of one map on a wide page, for the size of the tiles' squares
+TILE_PX = (3.0, 18.0)  # smallest and largest side of a tile's square
+
+
+class Axis(NamedTuple):
+    """Where a map lies: ranges in degrees; `stretch` is the length of a degree of latitude over one of longitude."""
+
+    lon: tuple[float, float]
+    lat: tuple[float, float]
+    stretch: float
+    tile_px: float
+    height_px: int
+
+
+def method_name(method: str) -> str:
+    """What a probe method is called on the page."""
+    return METHOD_NAMES.get(method, method)
+
+
+def score_dots(scores: list[dict[str, Any]], outer: str) -> Figure:
+    """R² per method for one indicator: a dot is the mean over draws, its bar one standard deviation either way.
+
+    `scores` are the r2 records of one indicator. R² below -1 is drawn as an arrow at the left edge.
+    """
+    methods = list(dict.fromkeys(score["method"] for score in scores))
+    splits = sorted({score["split"] for score in scores}, key=lambda split: (split != outer, split))
+    figure = go.Figure()
+    for index, split in enumerate(splits):
+        rows = [score for score in scores if score["split"] == split and score["mean"] is not None]
+        colour = OUTER_COLOUR if split == outer else OTHER_COLOURS[(index - 1) % len(OTHER_COLOURS)]
+        inside = [score["mean"] >= LOWEST_R2_SHOWN for score in rows]
+        figure.add_scatter(
+            x=[max(score["mean"], LOWEST_R2_SHOWN) for score in rows],
+            y=[html.escape(method_name(score["method"])) for score in rows],
+            error_x={
+                "type": "data",
+                "array": [(score["std"] or 0.0) if shown else 0.0 for score, shown in zip(rows, inside, strict=True)],
+                "thickness": 2,
+                "width": 4,
+            },
+            text=[f"{score['mean']:.3f} ± {score['std'] or 0.0:.3f}" for score in rows],
+            hovertemplate="%{y}: R² %{text}<extra>" + html.escape(split) + "</extra>",
+            name=html.escape(split) + (" (outer)" if split == outer else ""),
+            mode="markers",
+            marker={
+                "size": 11,
+                "color": colour,
+                "symbol": [
+                    "triangle-left" if not shown else "circle" if split == outer else "circle-open" for shown in inside
+                ],
+                "line": {"width": 2, "color": colour},
+            },
+        )
+    _style(figure, height=96 + 34 * len(methods), left=138)
+    figure.update_layout(scattermode="group", legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
+    figure.add_vline(x=0, line={"width": 1, "color": NEUTRAL})
+    figure.update_xaxes(title_text="R² (1 is perfect, 0 is the mean of the test tiles)")
+    names = [html.escape(method_name(method)) for method in methods]
+    figure.update_yaxes(type="category", categoryorder="array", categoryarray=names[::-1], showgrid=False)
+    figure.update_yaxes(range=[-0.6, len(names) - 0.4])
+    return _as_json(figure)
+
+
+def tile_maps(tiles: pd.DataFrame, test: pd.DataFrame) -> dict[str, Figure]:
+    """Maps of truth, prediction and residual (prediction - truth), keyed by those words.
+
+    `tiles`: every tile of the area, with tile_id, lon, lat, west, east, south, north (WGS84 degrees).
+    `test`: the same and y, y_pred for the test tiles. Truth and prediction share one colour scale that spans the 2nd to
+    the 98th percentile of both; the residual's is centred on zero.
+    """
+    axis = _axis(tiles)
+    both = np.concatenate([test["y"], test["y_pred"]])
+    low, high = (float(bound) for bound in np.percentile(both, [2, 98]))
+    residual = test["y_pred"] - test["y"]
+    reach = float(np.percentile(residual.abs(), 98)) or 1.0
+    shared = {"colorscale": "Viridis", "cmin": low, "cmax": high if high > low else low + 1.0}
+    signed = {"colorscale": "RdBu", "reversescale": True, "cmin": -reach, "cmax": reach}
+    return {
+        "truth": _map(tiles, test, test["y"], axis, shared),
+        "prediction": _map(tiles, test, test["y_pred"], axis, shared),
+        "residual": _map(tiles, test, residual, axis, signed),
+    }
+
+
+def _axis(tiles: pd.DataFrame) -> Axis:
+    tile_lon, tile_lat = (tiles["east"] - tiles["west"]).median(), (tiles["north"] - tiles["south"]).median()
+    lon_span, lat_span = np.ptp(tiles["lon"]), np.ptp(tiles["lat"])
+    if not np.isfinite([tile_lon, tile_lat]).all():  # no footprints: as if the tiles filled the area
+        tile_lon, tile_lat = (max(span, 1e-3) / max(1.0, len(tiles) ** 0.5) for span in (lon_span, lat_span))
+    lon = (float(tiles["lon"].min() - tile_lon), float(tiles["lon"].max() + tile_lon))
+    lat = (float(tiles["lat"].min() - tile_lat), float(tiles["lat"].max() + tile_lat))
+    stretch = 1 / float(np.cos(np.radians(np.clip(np.mean(lat), -85, 85))))
+    wide, high = lon[1] - lon[0], (lat[1] - lat[0]) * stretch
+    degree_px = min(MAP_WIDTH_PX / wide, (MAP_HEIGHT_PX - MAP_MARGIN_PX) / high)
+    height_px = max(LOWEST_MAP_PX, round(high * degree_px) + MAP_MARGIN_PX)
+    return Axis(lon, lat, stretch, float(np.clip(tile_lon * degree_px, *TILE_PX)), height_px)
+
+
+def _map(tiles: pd.DataFrame, test: pd.DataFrame, values: pd.Series, axis: Axis, scale: dict[str, Any]) -> Figure:
+    others = tiles[~tiles["tile_id"].isin(test["tile_id"])]
+    square = {"symbol": "square", "size": axis.tile_px}
+    figure = go.Figure()
+    figure.add_scatter(
+        x=others["lon"].round(5), y=others["lat"].round(5), mode="markers", marker=square | {"color": NEUTRAL}
+    )
+    figure.data[0].update(hoverinfo="skip")
+    figure.add_scatter(
+        x=test["lon"].round(5),
+        y=test["lat"].round(5),
+        mode="markers",
+        marker=square
+        | scale
+        | {
+            "color": values,
+            "line": {"width": 0.5, "color": "rgba(90,90,90,0.6)"},
+            "colorbar": {"thickness": 10, "outlinewidth": 0, "len": 0.95, "xpad": 6},
+        },
+        text=[html.escape(tile_id) for tile_id in test["tile_id"]],
+        hovertemplate="%{text}<br>%{marker.color:.4g}<extra></extra>",
+    )
+    _style(figure, height=axis.height_px, left=48)
+    figure.update_layout(showlegend=False, hovermode="closest")
+    ticks = {"nticks": 5, "ticksuffix": "°", "showgrid": False, "constrain": "domain"}
+    figure.update_xaxes(range=axis.lon, **ticks)
+    figure.update_yaxes(range=axis.lat, scaleanchor="x", scaleratio=axis.stretch, **ticks)
+    return _as_json(figure)
+
+
+def truth_scatter(test: pd.DataFrame, space: str) -> Figure:
+    """Prediction against truth for test tiles (columns tile_id, y, y_pred) with the identity line; axes are equal."""
+    low = float(min(test["y"].min(), test["y_pred"].min()))
+    high = float(max(test["y"].max(), test["y_pred"].max()))
+    margin = 0.04 * (high - low) or 1.0
+    ends = [low - margin, high + margin]
+    figure = go.Figure()
+    figure.add_scatter(x=ends, y=ends, mode="lines", line={"color": "#888", "dash": "dash"}, hoverinfo="skip")
+    figure.add_scatter(
+        x=test["y"],
+        y=test["y_pred"],
+        mode="markers",
+        marker={"size": 6, "color": OUTER_COLOUR, "opacity": 0.55},
+        text=[html.escape(tile_id) for tile_id in test["tile_id"]],
+        hovertemplate="%{text}<br>truth %{x:.4g}<br>prediction %{y:.4g}<extra></extra>",
+    )
+    _style(figure, height=MAP_HEIGHT_PX, left=56)
+    figure.update_layout(showlegend=False, hovermode="closest")
+    unit = "" if space == "raw" else f" ({html.escape(space)})"
+    figure.update_xaxes(title_text=f"truth{unit}", range=ends, constrain="domain")
+    figure.update_yaxes(title_text=f"prediction{unit}", range=ends, constrain="domain", scaleanchor="x")
+    return _as_json(figure)
+
+
+def loss_curves(train: list[dict[str, Any]], validation: list[dict[str, Any]]) -> Figure:
+    """Contrastive and caption losses (nats) over optimizer steps: lines for training, dots for validation."""
+    figure = go.Figure()
+    for name, colour in (("contrastive", OUTER_COLOUR), ("caption", OTHER_COLOURS[0])):
+        _add_curve(figure, train, name, f"{name}, train", {"color": colour, "width": 1.5}, "lines")
+        dotted = {"color": colour, "width": 2, "dash": "dot"}
+        _add_curve(figure, validation, name, f"{name}, validation", dotted, "lines+markers")
+    _style(figure, height=330, left=56)
+    return _as_json(_over_steps(figure, "loss (nats)"))
+
+
+def learning_rate(train: list[dict[str, Any]]) -> Figure:
+    """The learning rate over optimizer steps."""
+    figure = go.Figure()
+    _add_curve(figure, train, "lr", "learning rate", {"color": OUTER_COLOUR, "width": 2}, "lines")
+    _style(figure, height=330, left=64)
+    figure.update_yaxes(exponentformat="power", rangemode="tozero")
+    return _as_json(_over_steps(figure, "learning rate"))
+
+
+def recall_curves(validation: list[dict[str, Any]], direction: str) -> Figure:
+    """R@k on validation over steps for `image_to_text` or `text_to_image`; thin dashes are chance, k / images.
+
+    Chance is exact from text to image; from image to text it is an upper bound where an image has several texts.
+    """
+    figure = go.Figure()
+    for k, colour in ((1, OUTER_COLOUR), (5, OTHER_COLOURS[0]), (10, OTHER_COLOURS[1])):
+        key = f"{direction}_r{k}"
+        chance = [
+            {"step": row["step"], "chance": min(1.0, k / row["num_images"])} for row in validation if row["num_images"]
+        ]
+        _add_curve(figure, validation, key, f"R@{k}", {"color": colour, "width": 2}, "lines+markers")
+        _add_curve(figure, chance, "chance", f"R@{k} by chance", {"color": colour, "width": 1, "dash": "dash"}, "lines")
+    figure.for_each_trace(lambda trace: trace.update(showlegend="chance" not in trace.name))
+    _style(figure, height=330, left=56)
+    figure.update_yaxes(tickformat=".0%", rangemode="tozero")
+    return _as_json(_over_steps(figure, direction.replace("_", " ") + ": share found"))
+
+
+def _add_curve(
+    figure: go.Figure, rows: list[dict[str, Any]], key: str, name: str, line: dict[str, Any], mode: str
+) -> None:
+    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    if points:
+        steps, values = zip(*points, strict=True)
+        figure.add_scatter(x=steps, y=values, mode=mode, name=name, line=line)
+
+
+def _over_steps(figure: go.Figure, value: str) -> go.Figure:
+    figure.update_layout(
+        hovermode="x unified",
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        showlegend=len(figure.data) > 1,
+    )
+    figure.update_xaxes(title_text="optimizer step")
+    figure.update_yaxes(title_text=value)
+    return figure
+
+
+def _style(figure: go.Figure, *, height: int, left: int) -> None:
+    figure.update_layout(
+        template=None,
+        height=height,
+        margin={"l": left, "r": 14, "t": 12, "b": 56},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": "system-ui, sans-serif", "size": 13},
+    )
+    figure.update_xaxes(
+        gridcolor=GRID, title_standoff=8, title_font_size=13, zeroline=False, linecolor=NEUTRAL, automargin=True
+    )
+    figure.update_yaxes(gridcolor=GRID, title_font_size=13, zeroline=False, linecolor=NEUTRAL, automargin=True)
+
+
+def _as_json(figure: go.Figure) -> Figure:
+    tree: Figure = json.loads(figure.to_json())
+    return tree

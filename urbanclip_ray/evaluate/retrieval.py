@@ -1,0 +1,92 @@
+"""embeddings + pairs + splits + weights ─▶ retrieval: R@k of the held-out tiles against all their sentences."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.data
+
+from urbanclip_ray import dataflow
+from urbanclip_ray.storage import Dataset, Publication
+
+TEXTS_PER_BATCH = 256
+
+
+def measure_retrieval(
+    embeddings: Dataset, pairs: Dataset, splits: Dataset, weights_uri: str, outer: str, publication: Publication
+) -> None:
+    """Publishes `retrieval.json`: per part (val, test) of the outer split's first draw, recall both ways, and chance.
+
+    Every accepted sentence of a part's tiles is in the gallery, repeated ones too.
+    """
+    import torch
+
+    from urbanclip_ray.model.recall import chance_recall, recall_at_k
+
+    dataflow.connect()
+    chosen = (pc.field("split") == outer) & (pc.field("seed") == 0)
+    parts = splits.read(["tile_id", "part"], filters=chosen)
+    images = embeddings.read(["tile_id", "embedding"]).join(parts, keys="tile_id", join_type="inner")
+    texts = pairs.read(["tile_id", "texts"])
+    results, num_texts = [], 0
+    for part in ("val", "test"):
+        rows = images.filter(pc.field("part") == part).sort_by("tile_id")
+        gallery = texts.filter(pc.is_in(texts["tile_id"], value_set=rows["tile_id"]))
+        sentences = pa.table(
+            {
+                "owner": pc.index_in(gallery["tile_id"], value_set=rows["tile_id"]).take(
+                    pc.list_parent_indices(gallery["texts"])
+                ),
+                "text": pc.list_flatten(gallery["texts"]),
+            }
+        )
+        if rows.num_rows == 0 or sentences.num_rows == 0:
+            continue
+        encoded = _encode_texts(sentences, weights_uri)
+        owner = torch.from_numpy(encoded["owner"].astype(np.int64))
+        image = torch.from_numpy(np.stack(rows["embedding"].to_numpy()))
+        results.append(
+            {
+                "part": part,
+                "num_images": rows.num_rows,
+                "num_texts": len(owner),
+                **recall_at_k(image, torch.from_numpy(encoded["embedding"]), owner),
+                "chance": chance_recall(owner, rows.num_rows),
+            }
+        )
+        num_texts += len(owner)
+    publication.write_file("retrieval.json", json.dumps(results, indent=1).encode())
+    publication.count(unit="texts", rows_in=num_texts, rows_out=num_texts, rejects={})
+
+
+def _encode_texts(sentences: pa.Table, weights_uri: str) -> dict[str, np.ndarray]:
+    """owner [texts] and embedding [texts, width] of every sentence, by Ray Data."""
+    rows = ray.data.from_arrow(sentences).map_batches(
+        TextBatch,
+        fn_constructor_kwargs={"weights_uri": weights_uri},
+        batch_size=TEXTS_PER_BATCH,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=1),
+    )
+    batches = list(rows.iter_batches(batch_size=None, batch_format="numpy"))
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in ("owner", "embedding")}
+
+
+class TextBatch:
+    """A Ray Data actor around one text encoder."""
+
+    def __init__(self, weights_uri: str) -> None:
+        from urbanclip_ray.model.weights import load_model
+
+        self._loaded = load_model(weights_uri)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        import torch
+
+        with torch.inference_mode():
+            tokens = self._loaded.tokenizer.encode([str(text) for text in batch["text"]])
+            embedding = self._loaded.model.encode_text(tokens)[0].numpy()
+        return {"owner": batch["owner"], "embedding": embedding}

@@ -1,0 +1,106 @@
+"""open_clip's CoCa with text trimmed to the batch: one forward gives both embeddings and the caption loss.
+
+Everything that touches a parameter happens inside :meth:`CoCa.forward`, and the output is a NamedTuple: ZeRO-3 gathers
+parameters only there and traverses only tuples, lists and dicts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from open_clip.coca_model import CoCa as OpenClipCoCa
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from urbanclip_ray.model.losses import caption_loss_sum, shift_tokens
+from urbanclip_ray.model.tokenize import PAD_ID
+
+
+class CoCaOutput(NamedTuple):
+    """Of one micro-batch: embeddings [rows, width] fp32 of length 1, the caption loss as sum and count, exp(scale)."""
+
+    image: Tensor
+    text: Tensor
+    caption_sum: Tensor
+    caption_count: Tensor
+    logit_scale: Tensor
+
+
+class CoCa(nn.Module):
+    """A CoCa model from an open_clip config."""
+
+    def __init__(self, open_clip_config: dict[str, Any], init_temperature: float = 0.07) -> None:
+        super().__init__()
+        settings = {key: value for key, value in open_clip_config.items() if key != "custom_text"}
+        # a 0-dim logit scale breaks DeepSpeed's broadcast of parameters: it is [1] here and a scalar in exported weights
+        self.inner = OpenClipCoCa(
+            **settings, nonscalar_logit_scale=True, init_logit_scale=math.log(1 / init_temperature), pad_id=PAD_ID
+        )
+        self.config = open_clip_config
+        # open_clip leaves the decoder's projection uninitialised
+        nn.init.normal_(self.inner.text_decoder.text_projection, std=self.inner.text_decoder.width**-0.5)
+
+    @property
+    def image_px(self) -> int:
+        return int(self.inner.visual.image_size[0])
+
+    @property
+    def embedding_width(self) -> int:
+        return int(self.config["embed_dim"])
+
+    def encode_image(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images [rows, 3, px, px] -> embeddings [rows, width], fp32, of length 1; patch tokens for the decoder."""
+        pooled, tokens = self.inner.visual(images)
+        return F.normalize(pooled.float(), dim=-1), tokens
+
+    def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens [rows, places] -> embeddings [rows, width], fp32, of length 1; token embeddings for the decoder.
+
+        Equal to open_clip at full length, for any number of places >= min(longest text + 1, context_length): the class
+        token keeps the last positional row. The mask is the legacy one of all published CoCa weights (the padding mask
+        is shifted by one place), under which the class token sees the first place of padding, hence the "+ 1".
+        """
+        tower = self.inner.text
+        rows, places = tokens.shape
+        positions = tower.positional_embedding
+        x = torch.cat([tower.token_embedding(tokens), tower.cls_emb.expand(rows, 1, -1)], dim=1)
+        x = x + torch.cat([positions[:places], positions[-1:]])
+        visible = torch.cat([torch.ones_like(tokens[:, :1], dtype=torch.bool), tokens != PAD_ID], dim=1)
+        causal = torch.ones(places + 1, places + 1, dtype=torch.bool, device=tokens.device).tril()
+        mask = torch.zeros(rows, places + 1, places + 1, device=tokens.device)
+        mask = mask.masked_fill(~(visible[:, None, :] & causal), float("-inf"))
+        x = tower.transformer(x, attn_mask=mask.repeat_interleave(tower.heads, dim=0))
+        pooled = tower.ln_final(x[:, -1]) @ tower.text_projection
+        return F.normalize(pooled.float(), dim=-1), x[:, :-1]
+
+    def decode(self, image_tokens: Tensor, text_tokens: Tensor) -> Tensor:
+        """Hidden states [rows, places, width] of the decoder, before the vocabulary projection."""
+        decoder = self.inner.text_decoder
+        places = text_tokens.shape[1]
+        x = text_tokens
+        for block, cross in zip(decoder.resblocks, decoder.cross_attn, strict=True):
+            x = block(x, attn_mask=decoder.attn_mask[:places, :places])
+            x = cross(x, k_x=image_tokens, v_x=image_tokens)
+        return decoder.ln_final(x)
+
+    def forward(self, images: Tensor | None, tokens: Tensor | None, with_caption: bool = True) -> CoCaOutput:
+        """A micro-batch of pairs, or images or texts alone: what is not given has an embedding of no rows."""
+        scale = self.inner.logit_scale.exp().squeeze(0)
+        nothing = scale.new_zeros(0, self.embedding_width)
+        image, image_tokens = (nothing, None) if images is None else self.encode_image(images)
+        text, text_tokens = (nothing, None) if tokens is None else self.encode_text(tokens)
+        total, count = scale.new_zeros(()), scale.new_zeros(())
+        if with_caption and tokens is not None and image_tokens is not None and text_tokens is not None:
+            _, labels = shift_tokens(tokens)
+            hidden = self.decode(image_tokens, text_tokens[:, :-1])
+            total, count = caption_loss_sum(hidden, self.inner.text_decoder.text_projection, labels, PAD_ID)
+        return CoCaOutput(image, text, total, count, scale)
+
+
+def build_model(open_clip_config: dict[str, Any], seed: int, init_temperature: float = 0.07) -> CoCa:
+    """A new model; the same seed gives the same weights, and the caller's random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CoCa(open_clip_config, init_temperature)

@@ -1,0 +1,82 @@
+"""Weights in and out: one safetensors file, one JSON config, one tokenizer, in the layout that open_clip loads.
+
+`open_clip.create_model("local-dir:FOLDER")` and `open_clip.get_tokenizer("local-dir:FOLDER")` read the same folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, NamedTuple
+
+import safetensors.torch
+
+from urbanclip_ray.config import ConfigError
+from urbanclip_ray.model.coca import CoCa
+from urbanclip_ray.model.preprocess import IMAGE_MEAN, IMAGE_STD
+from urbanclip_ray.model.tokenize import (
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    TextTokenizer,
+    load_tokenizer,
+    tokenizer_files,
+)
+from urbanclip_ray.storage import join, read_bytes
+
+WEIGHTS_FILE = "open_clip_model.safetensors"
+CONFIG_FILE = "open_clip_config.json"
+
+
+class LoadedModel(NamedTuple):
+    """A model in evaluation mode, its tokenizer, and the digest by which its embeddings name it."""
+
+    model: CoCa
+    tokenizer: TextTokenizer
+    digest: str
+
+
+def weight_files(model: CoCa, tokenizer: TextTokenizer) -> dict[str, bytes]:
+    """Every file of a folder of weights, by name."""
+    state = {name: value.detach().cpu().contiguous() for name, value in model.inner.state_dict().items()}
+    state["logit_scale"] = state["logit_scale"].reshape(())  # a scalar in open_clip
+    config = {
+        "model_cfg": model.config,
+        "preprocess_cfg": {
+            "mean": list(IMAGE_MEAN),
+            "std": list(IMAGE_STD),
+            "interpolation": "bicubic",
+            "resize_mode": "squash",
+        },
+    }
+    return {
+        WEIGHTS_FILE: safetensors.torch.save(state),
+        CONFIG_FILE: json.dumps(config, indent=1).encode(),
+        **tokenizer_files(tokenizer),
+    }
+
+
+def load_model(uri: str) -> LoadedModel:
+    """The model of a folder of weights, local or `s3://`. Nothing is unpickled.
+
+    Raises ConfigError naming the folder when a file is missing or the weights do not fit their config.
+    """
+    names = (WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
+    try:
+        files = {name: read_bytes(join(uri, name)) for name in names}
+    except FileNotFoundError as error:
+        raise ConfigError(f"{uri} is not a folder of weights: it needs {', '.join(names)} ({error})") from None
+    return load_model_files(files, uri)
+
+
+def load_model_files(files: dict[str, bytes], name: str) -> LoadedModel:
+    """The model of files in memory; `name` is for error messages."""
+    config: dict[str, Any] = json.loads(files[CONFIG_FILE])["model_cfg"]
+    model = CoCa(config)
+    try:
+        state = safetensors.torch.load(files[WEIGHTS_FILE])
+        state["logit_scale"] = state["logit_scale"].reshape(1)
+        model.inner.load_state_dict(state)
+    except (RuntimeError, KeyError, safetensors.SafetensorError) as error:
+        raise ConfigError(f"{name}: {WEIGHTS_FILE} does not fit {CONFIG_FILE}: {error}") from None
+    digest = hashlib.sha256(files[WEIGHTS_FILE] + files[CONFIG_FILE]).hexdigest()[:16]
+    return LoadedModel(model.eval(), load_tokenizer(files), digest)

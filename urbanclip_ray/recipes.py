@@ -1,0 +1,106 @@
+"""Complete runs by name: functions that return a config, some derived from others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from urbanclip_ray.config import (
+    AugmentConfig,
+    CaptionConfig,
+    ConfigError,
+    EmbedConfig,
+    FolderSource,
+    ModelConfig,
+    ProbeConfig,
+    RefineConfig,
+    RsicdSource,
+    RunConfig,
+    SplitConfig,
+    TrainConfig,
+    WorldSource,
+)
+
+
+def world_demo() -> RunConfig:
+    """NASA Blue Marble land tiles, rule-based captions, population of their cities; what `make demo` runs."""
+    return RunConfig(
+        run="demo",
+        source=WorldSource(),
+        caption=CaptionConfig(captioner="land_cover"),
+        split=SplitConfig(outer="blocks", also=("random",), block_km=1500),
+        model=ModelConfig(architecture="coca_tiny_54", vocab_size=600),
+        train=TrainConfig(
+            epochs=40,
+            micro_batch_size=64,
+            contrastive_batch_size=128,
+            global_batch_size=128,
+            augment=AugmentConfig(min_area_share=0.6, flips=True),
+        ),
+        embed=EmbedConfig(views=8),
+        probe=ProbeConfig(target="log1p"),
+    )
+
+
+def rsicd_small() -> RunConfig:
+    """A 9-million-parameter CoCa on RSICD's own captions and test split, for two CPU cores (about half an hour)."""
+    return RunConfig(
+        run="rsicd_small",
+        source=RsicdSource(),
+        caption=CaptionConfig(captioner="given"),
+        # the benchmark's gallery holds all five captions of every image, repeated ones too
+        refine=RefineConfig(min_words=1, max_words=100, repeats="keep"),
+        split=SplitConfig(outer="source", val_share=0.05, num_draws=1),
+        model=ModelConfig(architecture="coca_tiny_96", vocab_size=2000, patch_dropout=0.5),
+        train=TrainConfig(epochs=25, augment=AugmentConfig(min_area_share=0.5, flips=True)),
+        embed=EmbedConfig(views=8),
+    )
+
+
+def own_tiles() -> RunConfig:
+    """The whole walk on a folder of one's own tiles: rule-based captions, spatial blocks."""
+    return RunConfig(
+        run="own_tiles",
+        source=FolderSource(),
+        caption=CaptionConfig(captioner="land_cover"),
+        split=SplitConfig(outer="blocks", also=("random",)),
+        embed=EmbedConfig(views=8),
+    )
+
+
+def probe_weights() -> RunConfig:
+    """Existing weights (`embed.weights`) judged on a folder of one's own tiles and labels; nothing is trained."""
+    base = own_tiles()
+    return base.model_copy(
+        update={"run": "probe_weights", "split": SplitConfig(outer="group", also=("random",), num_draws=5)}
+    )
+
+
+def tiny_test() -> RunConfig:
+    """The whole walk in a minute, on a folder of small tiles; what the tests run."""
+    return RunConfig(
+        run="tiny_test",
+        source=FolderSource(),
+        split=SplitConfig(outer="blocks", also=("random",), num_draws=2),
+        model=ModelConfig(architecture="coca_test_16", vocab_size=400),
+        train=TrainConfig(
+            epochs=2,
+            micro_batch_size=8,
+            contrastive_batch_size=16,
+            global_batch_size=16,
+            validations=2,
+            precision="fp32",
+        ),
+        probe=ProbeConfig(mlp_max_epochs=5),
+    )
+
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    recipe.__name__: recipe for recipe in (world_demo, rsicd_small, own_tiles, probe_weights, tiny_test)
+}
+
+
+def load_recipe(name: str) -> RunConfig:
+    """The config of a recipe; raises ConfigError naming the recipes there are."""
+    if name not in RECIPES:
+        raise ConfigError(f"--recipe {name!r} is not known; choose one of {', '.join(RECIPES)}")
+    return RECIPES[name]()

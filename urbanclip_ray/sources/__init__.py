@@ -1,0 +1,20 @@
+"""What a user points us at: a folder of tiles, RSICD, the world demo. Each lists its tiles and reads one at a time."""
+
+from __future__ import annotations
+
+from urbanclip_ray.config import FolderSource, RsicdSource, SourceConfig
+from urbanclip_ray.sources.base import Source, SourceError, TileRecord
+from urbanclip_ray.sources.folder import FolderTiles
+from urbanclip_ray.sources.rsicd import RsicdTiles
+from urbanclip_ray.sources.world import WorldTiles
+
+__all__ = ["Source", "SourceError", "TileRecord", "open_source"]
+
+
+def open_source(config: SourceConfig) -> Source:
+    """The source that a config describes; it reads nothing until it is asked."""
+    if isinstance(config, FolderSource):
+        return FolderTiles(config)
+    if isinstance(config, RsicdSource):
+        return RsicdTiles(config)
+    return WorldTiles(config)

@@ -1,0 +1,162 @@
+"""Ingest with Ray Data: the tiles of a source become the `tiles` dataset, its indicators the `labels` dataset.
+
+One tile's way: its record names where the image lies; a worker reads the bytes, decodes them only to know that they can
+be decoded, and writes them untouched with their sha256, their size in pixels, or the error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.data
+
+from urbanclip_ray import dataflow
+from urbanclip_ray.config import IngestConfig
+from urbanclip_ray.imagery import TileImageError, decode
+from urbanclip_ray.schema import TILES, labels_schema
+from urbanclip_ray.sources.base import Source, SourceError, TileRecord
+from urbanclip_ray.storage import Dataset, Publication
+
+RECORDS = pa.schema(
+    [TILES.field(name) if name in TILES.names else pa.field(name, pa.string()) for name in TileRecord._fields]
+)
+BATCHES_PER_FILE = 4  # about 10 MB of small JPEG tiles a file: enough files to spread, few enough to list
+READ_THREADS = 8  # a worker waits for object storage, not for its CPU
+NUM_EXAMPLES = 20  # how many tile ids a fact lists
+
+
+class IngestError(RuntimeError):
+    """Too many tiles that cannot be used; the message names the first ones and the fix."""
+
+
+class CheckedImage(NamedTuple):
+    """What is known of one image after it was read: its bytes even if they are bad, so that a person can look."""
+
+    image: bytes | None = None  # None where nothing could be read
+    sha256: str | None = None
+    width: int | None = None  # px
+    height: int | None = None  # px
+    error: str | None = None  # `reason: detail`; the reason is one of a few fixed phrases
+
+
+def ingest_tiles(source: Source, config: IngestConfig, publication: Publication) -> None:
+    """Read and check every tile of a source and write them as the `tiles` dataset, in the order of their ids.
+
+    Raises :class:`IngestError` when the share of unusable tiles is above `config.max_error_share`.
+    """
+    records = source.tiles()
+    table = pa.Table.from_pylist([record._asdict() for record in records], schema=RECORDS)
+    rows_per_file = config.tiles_per_batch * BATCHES_PER_FILE
+    blocks = [table.slice(start, rows_per_file) for start in range(0, table.num_rows, rows_per_file)]
+    dataflow.connect()
+    check = partial(check_tiles, source=source, config=config)
+    rows = dataflow.map_tables(ray.data.from_arrow(blocks), check, batch_size=config.tiles_per_batch)
+    dataflow.write(rows, publication)
+
+    written = publication.read(["tile_id", "region", "error"])
+    if written.num_rows != len(records):
+        raise AssertionError(f"{len(records)} tiles listed, {written.num_rows} written")
+    errors = {row["tile_id"]: row["error"] for row in written.to_pylist() if row["error"] is not None}
+    _refuse_many_errors(errors, records, config.max_error_share)
+    rejects = Counter(error.partition(":")[0] for error in errors.values())
+    publication.count(unit="tiles", rows_in=len(records), rows_out=len(records) - len(errors), rejects=dict(rejects))
+    publication.facts["regions"] = dict(sorted(Counter(written["region"].to_pylist()).items()))
+
+
+def check_tiles(records: pa.Table, source: Source, config: IngestConfig) -> pa.Table:
+    """A batch of records as rows of the `tiles` dataset."""
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        contents = list(pool.map(partial(_read, source), records["location"].to_pylist()))
+    checked = [content if isinstance(content, CheckedImage) else _check(content, config) for content in contents]
+    columns = {name: records[name].combine_chunks() for name in records.column_names if name != "location"}
+    columns |= {name: [getattr(item, name) for item in checked] for name in CheckedImage._fields}
+    return dataflow.conform(columns, TILES)
+
+
+def _read(source: Source, location: str) -> bytes | CheckedImage:
+    try:
+        return source.read(location)
+    except FileNotFoundError:
+        return CheckedImage(error=f"missing file: {location}")
+    except OSError as error:
+        return CheckedImage(error=f"unreadable file: {location}: {error}")
+    except TileImageError as error:
+        return CheckedImage(error=str(error))
+
+
+def _check(data: bytes, config: IngestConfig) -> CheckedImage:
+    sha256 = hashlib.sha256(data).hexdigest()
+    try:
+        image = decode(data, min_side_px=config.min_side_px, max_pixels=config.max_pixels)
+    except TileImageError as error:
+        return CheckedImage(data, sha256, error=str(error))
+    return CheckedImage(data, sha256, image.width, image.height)
+
+
+def _refuse_many_errors(errors: dict[str, str], records: list[TileRecord], max_error_share: float) -> None:
+    share = len(errors) / len(records)
+    if share <= max_error_share:
+        return
+    bad = [f"{record.location} ({errors[record.tile_id]})" for record in records if record.tile_id in errors]
+    raise IngestError(
+        f"{len(bad)} of {len(records)} tiles cannot be used, a share of {share:.3g} where ingest.max_error_share is "
+        f"{max_error_share:g}. The first: {'; '.join(bad[:5])}. Repair or remove these files, or accept them as error "
+        f"rows with --set ingest.max_error_share={min(1.0, share + 0.001):.3f}"
+    )
+
+
+def collect_labels(labels: pa.Table, tiles: Dataset, publication: Publication) -> None:
+    """Write the indicators of known tiles as the `labels` dataset; rows of other tiles are counted and left out.
+
+    Infinite values become null, counted per indicator in the facts. Raises :class:`SourceError` when a tile has two
+    rows or when no row belongs to a tile.
+    """
+    indicators = [name for name in labels.column_names if name != "tile_id"]
+    if not indicators:
+        raise SourceError("the labels have no indicator: give at least one column of numbers beside tile_id")
+    _refuse_repeated(labels["tile_id"].to_pylist())
+    tile_ids = tiles.read(["tile_id"])["tile_id"].combine_chunks()
+    is_known = pc.is_in(labels["tile_id"], value_set=tile_ids)
+    known, unknown = labels.filter(is_known), labels.filter(pc.invert(is_known))
+    if known.num_rows == 0:
+        raise SourceError(
+            f"none of the {labels.num_rows} label rows belongs to a tile: they are for {labels['tile_id'][0]} and the "
+            f"like, the tiles are {tile_ids[0]} and the like; make the file names of both agree"
+        )
+    columns: dict[str, pa.ChunkedArray] = {"tile_id": known["tile_id"]}
+    infinite: dict[str, int] = {}
+    infinite_tile_ids: list[str] = []
+    for name in indicators:
+        values = known[name].cast(pa.float64())
+        is_infinite = pc.fill_null(pc.is_inf(values), False)
+        if count := pc.sum(is_infinite).as_py():
+            infinite[name] = count
+            infinite_tile_ids += known["tile_id"].filter(is_infinite).to_pylist()
+        columns[name] = pc.if_else(pc.is_finite(values), values, pa.scalar(None, pa.float64()))  # NaN is null as well
+    publication.write_table(dataflow.conform(_combined(columns), labels_schema(indicators)))
+    rejects = {"unknown tile": unknown.num_rows} if unknown.num_rows else {}
+    publication.count(unit="tiles", rows_in=labels.num_rows, rows_out=known.num_rows, rejects=rejects)
+    publication.facts |= {
+        "infinite": infinite,
+        "infinite_tile_ids": sorted(set(infinite_tile_ids))[:NUM_EXAMPLES],
+        "unknown_tile_ids": unknown["tile_id"].to_pylist()[:NUM_EXAMPLES],
+        "tiles_without_labels": len(tile_ids) - known.num_rows,
+    }
+
+
+def _combined(columns: dict[str, pa.ChunkedArray]) -> dict[str, pa.Array]:
+    return {name: column.combine_chunks() for name, column in columns.items()}
+
+
+def _refuse_repeated(tile_ids: list[str]) -> None:
+    repeated = [tile_id for tile_id, count in Counter(tile_ids).items() if count > 1]
+    if repeated:
+        raise SourceError(
+            f"{len(repeated)} tiles have more than one row of labels, {repeated[0]} among them: keep one row per tile"
+        )

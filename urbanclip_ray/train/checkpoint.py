@@ -1,0 +1,149 @@
+"""Checkpoints that are safe to read: safetensors and JSON of every rank, made whole by a commit marker.
+
+    checkpoints/step-00000100/rank-00000.safetensors   fp32 weight and moment fragments of a rank, its random state
+                              rank-00000.json          which fragment is which
+                              commit.json              written last by rank 0: names, sizes and checksums of all files
+
+A folder without the marker does not exist. The newest marker whose files are whole is resumed from; a damaged one is named
+and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any, NamedTuple
+
+import pyarrow.fs as pafs
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from urbanclip_ray.storage import StorageError, delete_folder, join, read_bytes, resolve, write_bytes
+from urbanclip_ray.train.engine import MOMENTS, allocate_moments, fragments
+
+COMMIT = "commit.json"
+RANDOM_STATE, CUDA_RANDOM_STATE = "random_state", "cuda_random_state"
+
+
+class Checkpoint(NamedTuple):
+    """A committed checkpoint: its place, steps taken, number of ranks, and what rank 0 knew of the run (its history)."""
+
+    uri: str
+    step: int
+    num_ranks: int
+    history: dict[str, list[dict[str, float]]]
+    files: dict[str, bytes]
+
+
+def save_checkpoint(engine: Any, root: str, step: int, history: dict[str, Any], keep: int) -> None:
+    """Called by all ranks after `step` optimizer steps. Returns when the checkpoint is committed."""
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    uri = join(root, f"step-{step:08d}")
+    tensors: dict[str, Tensor] = {RANDOM_STATE: torch.get_rng_state()}
+    if engine.device.type == "cuda":
+        tensors[CUDA_RANDOM_STATE] = torch.cuda.get_rng_state()
+    index = []
+    for number, fragment in enumerate(fragments(engine)):
+        index.append({"key": str(number), "name": fragment.name, "start": fragment.start, "numel": fragment.numel})
+        tensors[f"{number}.weight"] = fragment.weight.detach().cpu().contiguous()
+        for moment in MOMENTS:
+            tensors[f"{number}.{moment}"] = fragment.moments[moment].detach().cpu().contiguous()
+    files = {
+        f"rank-{rank:05d}.safetensors": safetensors.torch.save(tensors),
+        f"rank-{rank:05d}.json": json.dumps({"step": step, "fragments": index}).encode(),
+    }
+    for name, data in files.items():
+        write_bytes(join(uri, name), data)
+    sums: list[Any] = [None] * num_ranks
+    dist.all_gather_object(sums, {name: [len(data), _sha256(data)] for name, data in files.items()})
+    if rank == 0:
+        named = {name: entry for entries in sums for name, entry in entries.items()}
+        commit = {"step": step, "num_ranks": num_ranks, "history": history, "files": named}
+        write_bytes(join(uri, COMMIT), json.dumps(commit).encode())
+        for old in list_checkpoints(root)[keep:]:
+            delete_folder(old)
+    dist.barrier()
+
+
+def list_checkpoints(root: str) -> list[str]:
+    """URIs of folders of checkpoints, newest step first, committed or not."""
+    filesystem, path = resolve(root)
+    if filesystem.get_file_info(path).type == pafs.FileType.NotFound:
+        return []
+    names = [str(info.base_name) for info in filesystem.get_file_info(pafs.FileSelector(path))]
+    return [join(root, name) for name in sorted(names, reverse=True) if re.fullmatch(r"step-\d{8}", name)]
+
+
+def find_checkpoint(root: str, warn: Any = print) -> Checkpoint | None:
+    """The newest whole checkpoint, or None. Unfinished ones are passed over, damaged ones are named through `warn`."""
+    for uri in list_checkpoints(root):
+        try:
+            return _read(uri)
+        except FileNotFoundError as missing:
+            warn(f"{uri} is not complete ({missing}); trying the checkpoint before it")
+        except StorageError as damage:
+            warn(f"{damage}; trying the checkpoint before it")
+    return None
+
+
+def _read(uri: str) -> Checkpoint:
+    try:
+        commit = json.loads(read_bytes(join(uri, COMMIT)))
+        entries = {str(name): (int(size), str(checksum)) for name, (size, checksum) in commit["files"].items()}
+        found = Checkpoint(uri, int(commit["step"]), int(commit["num_ranks"]), commit["history"], {})
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{uri}/{COMMIT} is damaged ({error})") from None
+    for name, (size, checksum) in entries.items():
+        data = read_bytes(join(uri, name))
+        if len(data) != size or _sha256(data) != checksum:
+            raise StorageError(f"{uri}/{name} is damaged: its checksum is not the committed one")
+        found.files[name] = data
+    return found
+
+
+def fill_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Copy all ranks' weight fragments into the model; before `deepspeed.initialize`, which copies them on."""
+    parameters = dict(model.named_parameters())
+    missing = {name: parameter.numel() for name, parameter in parameters.items()}
+    for rank in range(checkpoint.num_ranks):
+        tensors, index = _rank_files(checkpoint, rank)
+        for entry in index:
+            name, start, numel = entry["name"], entry["start"], entry["numel"]
+            if name not in parameters:
+                raise StorageError(f"{checkpoint.uri} has a parameter {name!r} that the model lacks")
+            with torch.no_grad():
+                parameters[name].view(-1)[start : start + numel] = tensors[f"{entry['key']}.weight"]
+            missing[name] -= numel
+    if lacking := [name for name, count in missing.items() if count]:
+        raise StorageError(f"{checkpoint.uri} does not hold all of {', '.join(lacking[:3])}")
+
+
+def restore_rank(engine: Any, checkpoint: Checkpoint) -> None:
+    """Copy this rank's moments and random state back; the number of ranks is the one that wrote them."""
+    if checkpoint.num_ranks != dist.get_world_size():
+        raise StorageError(
+            f"{checkpoint.uri} was written by {checkpoint.num_ranks} ranks and is resumed by {dist.get_world_size()}: "
+            f"set resources.num_workers={checkpoint.num_ranks} (and the batch sizes that go with it)"
+        )
+    tensors, index = _rank_files(checkpoint, dist.get_rank())
+    keys = {(entry["name"], entry["start"], entry["numel"]): entry["key"] for entry in index}
+    allocate_moments(engine, checkpoint.step)
+    for fragment in fragments(engine):
+        key = keys[fragment.name, fragment.start, fragment.numel]
+        for moment, value in fragment.moments.items():
+            value.copy_(tensors[f"{key}.{moment}"])
+    torch.set_rng_state(tensors[RANDOM_STATE])
+    if CUDA_RANDOM_STATE in tensors and engine.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors[CUDA_RANDOM_STATE])
+
+
+def _rank_files(checkpoint: Checkpoint, rank: int) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    tensors = safetensors.torch.load(checkpoint.files[f"rank-{rank:05d}.safetensors"])
+    return tensors, json.loads(checkpoint.files[f"rank-{rank:05d}.json"])["fragments"]
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,78 @@
+"""shards ─pretrain─▶ checkpoints, weights: Ray Train starts the ranks and restarts them after a failure."""
+
+from __future__ import annotations
+
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from urbanclip_ray import dataflow
+from urbanclip_ray.config import ConfigError, RunConfig
+from urbanclip_ray.model.architectures import ARCHITECTURES, open_clip_config
+from urbanclip_ray.model.tokenize import TextTokenizer, open_clip_tokenizer, tokenizer_files, train_bpe
+from urbanclip_ray.storage import Dataset, Publication, join, list_files, resolve
+from urbanclip_ray.train.loop import TrainSpec, train_rank
+
+WORKER_ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",  # without a GPU DeepSpeed otherwise warns of a CUDA that torch was built for
+}
+
+
+def pretrain(config: RunConfig, shards: Dataset, publication: Publication) -> None:
+    """Train on `config.resources.num_workers` ranks; the same call resumes from the newest checkpoint.
+
+    Publishes the folder of weights (see `model.weights`) and `history.json`.
+    """
+    parts = shards.manifest.facts["parts"]
+    if not parts["train"]:
+        raise ConfigError(f"{shards.uri} has no training rows: raise the training share of the split")
+    tokenizer = make_tokenizer(config, shards)
+    vocab_size = tokenizer.vocab_size if config.model.tokenizer == "bpe" else None
+    spec = TrainSpec(
+        config=config,
+        shards_uri=shards.uri,
+        open_clip_config=open_clip_config(config.model, vocab_size),
+        tokenizer_files=tokenizer_files(tokenizer),
+        checkpoints_uri=join(publication.uri, "checkpoints"),
+        tensorboard_uri=join(publication.uri, "tensorboard"),
+        results_uri=publication.data_uri,
+    )
+    dataflow.connect()
+    _run_workers(spec, config, publication)
+    files = [str(info.base_name) for info in list_files(publication.data_uri)]
+    publication.facts["weights"] = sorted(files)
+    publication.count(unit="training rows", rows_in=parts["train"], rows_out=parts["train"], rejects={})
+
+
+def make_tokenizer(config: RunConfig, shards: Dataset) -> TextTokenizer:
+    """The run's tokenizer: CLIP's, or a BPE trained on the texts of the training rows alone."""
+    name = config.model.architecture
+    context = ARCHITECTURES[name]["text_cfg"]["context_length"] if name in ARCHITECTURES else None
+    if context is None:
+        context = open_clip_config(config.model, None)["text_cfg"]["context_length"]
+    if config.model.tokenizer == "open_clip":
+        return open_clip_tokenizer(context)
+    rows = shards.read(["row_id", "texts", "part"]).sort_by("row_id").to_pylist()
+    texts = (text for row in rows if row["part"] == "train" for text in row["texts"])
+    return train_bpe(texts, config.model.vocab_size, context)
+
+
+def _run_workers(spec: TrainSpec, config: RunConfig, publication: Publication) -> None:
+    filesystem, path = resolve(join(publication.uri, "ray_train"))
+    resources = config.resources
+    trainer = TorchTrainer(
+        train_rank,
+        train_loop_config=spec,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=resources.num_workers,
+            use_gpu=resources.use_gpu,
+            resources_per_worker={"CPU": resources.cpus_per_worker} | ({"GPU": 1} if resources.use_gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name=publication.attempt,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
+            worker_runtime_env=None if resources.use_gpu else {"env_vars": WORKER_ENVIRONMENT},
+        ),
+    )
+    trainer.fit()
