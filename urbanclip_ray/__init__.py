@@ -1,1 +1,34 @@
-"""urbanclip_ray: a Ray-distributed trainer for text-enhanced urban region profiling."""
+"""urbanclip_ray: a Ray-distributed trainer for text-enhanced urban region profiling (UrbanCLIP, WWW 2024).
+
+Names are loaded when they are first used: importing the package imports neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PLACES = {
+    "RunConfig": "config",
+    "apply_overrides": "config",
+    "build_config": "config",
+    "load_recipe": "recipes",
+    "open_source": "sources",
+    "ingest_tiles": "sources.ingest",
+    "caption_tiles": "captioners.caption",
+    "refine_captions": "captioners.refine",
+    "pretrain": "train.launch",
+    "load_model": "model.weights",
+    "embed_tiles": "evaluate.embed",
+    "probe": "evaluate.probe",
+    "write_report": "evaluate.report",
+    "run_stages": "pipeline",
+}
+
+__all__ = list(_PLACES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'urbanclip_ray' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"urbanclip_ray.{_PLACES[name]}"), name)

@@ -282,9 +282,7 @@ class RunConfig(Section):
     @classmethod
     def _safe_run(cls, value: str) -> str:
         if not is_safe_name(value):
-            raise ValueError(
-                "a run's name is a folder's name: letters, digits, '.', '_' and '-', not starting with '.'"
-            )
+            raise ValueError("a run's name is a folder's name: letters, digits, '.', '_' and '-', not starting with '.'")
         return value
 
     @model_validator(mode="after")

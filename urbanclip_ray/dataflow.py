@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,16 +20,18 @@ def connect() -> None:
 
     A Ray that happens to run on this machine is left alone unless the address says so.
     """
-    if ray.is_initialized():
-        return
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        ray.init(address=address, log_to_driver=True)
-    else:
-        ray.init(address="local", include_dashboard=False, log_to_driver=True)
+    if not ray.is_initialized():
+        ray.init(address=os.environ.get("RAY_ADDRESS") or "local", include_dashboard=_wants_dashboard())
+    if not sys.stderr.isatty():
+        logging.getLogger("ray.data").setLevel(logging.WARNING)  # bars are for terminals, a log wants no frames
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True  # the same input gives the same files
     context.print_on_execution_start = False
+
+
+def _wants_dashboard() -> bool | None:
+    """None (Ray decides) on a cluster; off for a Ray of our own, which starts 2 s faster without."""
+    return None if os.environ.get("RAY_ADDRESS") else False
 
 
 def read(dataset: Dataset, columns: list[str] | None = None) -> ray.data.Dataset:
@@ -49,8 +53,6 @@ def write(rows: ray.data.Dataset, publication: Publication, *, max_rows_per_file
     rows.write_parquet(path, filesystem=filesystem, max_rows_per_file=max_rows_per_file)
 
 
-def map_tables(
-    rows: ray.data.Dataset, function: Callable[[pa.Table], pa.Table], *, batch_size: int
-) -> ray.data.Dataset:
+def map_tables(rows: ray.data.Dataset, function: Callable[[pa.Table], pa.Table], *, batch_size: int) -> ray.data.Dataset:
     """Apply a function from table to table in stateless tasks."""
     return rows.map_batches(function, batch_size=batch_size, batch_format="pyarrow")

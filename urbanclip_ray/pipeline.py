@@ -78,7 +78,7 @@ class Stage(NamedTuple):
     parents: tuple[str, ...]  # those of them that the run has
     content: Callable[[Run], dict[str, Any]]
     make: Callable[[Run, Publication], None]
-    wanted: Callable[[Run], bool] = lambda run: True
+    wanted: Callable[[Run], bool]
 
 
 def find_weights(uri: str) -> str:
@@ -202,8 +202,9 @@ STAGES: tuple[Stage, ...] = (
             "fingerprint": run.source.fingerprint(),
         },
         _tiles,
+        lambda _: True,
     ),
-    Stage("labels", "ingest", ("tiles",), lambda run: {}, _labels, _is_needed_for_probe),
+    Stage("labels", "ingest", ("tiles",), lambda _: {}, _labels, _is_needed_for_probe),
     Stage(
         "captions",
         "caption",
@@ -220,7 +221,7 @@ STAGES: tuple[Stage, ...] = (
         _pairs,
         lambda run: run.pretrains,
     ),
-    Stage("splits", "split", ("tiles",), lambda run: {"split": run.config.split.content()}, _splits),
+    Stage("splits", "split", ("tiles",), lambda run: {"split": run.config.split.content()}, _splits, lambda _: True),
     Stage(
         "shards",
         "pack",
@@ -237,7 +238,7 @@ STAGES: tuple[Stage, ...] = (
         _pretrain,
         lambda run: run.pretrains,
     ),
-    Stage("embeddings", "embed", ("tiles", "pretrain"), _embed_content, _embeddings),
+    Stage("embeddings", "embed", ("tiles", "pretrain"), _embed_content, _embeddings, lambda _: True),
     Stage(
         "untrained",
         "embed",

@@ -70,9 +70,7 @@ def own_tiles() -> RunConfig:
 def probe_weights() -> RunConfig:
     """Existing weights (`embed.weights`) judged on a folder of one's own tiles and labels; nothing is trained."""
     base = own_tiles()
-    return base.model_copy(
-        update={"run": "probe_weights", "split": SplitConfig(outer="group", also=("random",), num_draws=5)}
-    )
+    return base.model_copy(update={"run": "probe_weights", "split": SplitConfig(outer="group", also=("random",), num_draws=5)})
 
 
 def tiny_test() -> RunConfig:

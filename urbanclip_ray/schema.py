@@ -90,9 +90,7 @@ PREDICTIONS = pa.schema(
 
 def labels_schema(indicators: list[str]) -> pa.Schema:
     """Labels: `tile_id` and one nullable float column per indicator, in the indicator's own unit."""
-    return pa.schema(
-        [pa.field("tile_id", pa.string(), nullable=False)] + [pa.field(name, pa.float64()) for name in indicators]
-    )
+    return pa.schema([pa.field("tile_id", pa.string(), nullable=False)] + [pa.field(name, pa.float64()) for name in indicators])
 
 
 def embeddings_schema(width: int) -> pa.Schema:

@@ -33,9 +33,7 @@ def caption_tiles(
     `given` is the source's own captions (tile_id, text), needed by the captioner of that name.
     """
     if config.captioner == "given" and (given is None or given.num_rows == 0):
-        raise ConfigError(
-            "caption.captioner=given, but the source brings no captions: use caption.captioner=land_cover"
-        )
+        raise ConfigError("caption.captioner=given, but the source brings no captions: use caption.captioner=land_cover")
     dataflow.connect()
     rows = dataflow.read(tiles, ["tile_id", "image", "sha256", "error"]).map_batches(
         CaptionBatch,
@@ -53,9 +51,7 @@ class CaptionBatch:
 
     def __init__(self, config: CaptionConfig, pixels: PixelsConfig, given: Any) -> None:
         self._pixels = pixels
-        self._captioner: Captioner = (
-            GivenCaptioner(ray.get(given)) if config.captioner == "given" else LandCoverCaptioner()
-        )
+        self._captioner: Captioner = GivenCaptioner(ray.get(given)) if config.captioner == "given" else LandCoverCaptioner()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         captioner = self._captioner
@@ -96,13 +92,11 @@ def _count(publication: Publication, tiles: Dataset, config: CaptionConfig, give
             rejects["caption of an unknown tile"] = unknown.num_rows
             publication.facts["unknown_tiles"] = pc.unique(unknown["tile_id"]).to_pylist()[:20]
     rows_out = written.num_rows - len(errors)
-    publication.count(
-        unit="captions", rows_in=rows_out + sum(rejects.values()), rows_out=rows_out, rejects=dict(rejects)
-    )
+    publication.count(unit="captions", rows_in=rows_out + sum(rejects.values()), rows_out=rows_out, rejects=dict(rejects))
     failed = sum(1 for error in errors if not error.startswith(UNREADABLE))
     num_tiles = max(1, tiles.manifest.rows_out)
     if failed > config.max_error_share * num_tiles:
-        first = [error for error in errors if not error.startswith(UNREADABLE)][0]
+        first = next(error for error in errors if not error.startswith(UNREADABLE))
         raise CaptionError(
             f"{failed} of {num_tiles} readable tiles could not be captioned (the first: {first}), more than "
             f"caption.max_error_share={config.max_error_share}: mend the captions, or raise that share to go on"

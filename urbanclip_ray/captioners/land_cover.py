@@ -156,11 +156,7 @@ def _contrast(contrast: float) -> str:
 def _colour(seen: Measurement) -> str:
     red, green, blue = seen.mean_rgb
     lightness = next(
-        (
-            w
-            for limit, w in [(0.7, "very light"), (0.5, "light"), (0.33, "medium"), (0.2, "dark")]
-            if seen.brightness >= limit
-        ),
+        (w for limit, w in [(0.7, "very light"), (0.5, "light"), (0.33, "medium"), (0.2, "dark")] if seen.brightness >= limit),
         "very dark",
     )
     if seen.saturation < 0.12:

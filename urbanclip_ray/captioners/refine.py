@@ -64,9 +64,7 @@ def refine_captions(captions: Dataset, config: RefineConfig, publication: Public
         )
 
     files = ray.data.from_arrow(pa.table({"path": captions.parquet_paths()}))
-    rows = files.repartition(len(captions.parquet_paths())).map_batches(
-        refine_file, batch_size=1, batch_format="pyarrow"
-    )
+    rows = files.repartition(len(captions.parquet_paths())).map_batches(refine_file, batch_size=1, batch_format="pyarrow")
     dataflow.write(rows, publication)
     _count(publication)
 
@@ -91,8 +89,6 @@ def _count(publication: Publication) -> None:
         raise AssertionError(f"{publication.uri}: captions of one tile were spread over several files")
     num_kept = sum(len(texts) for texts in written["texts"].to_pylist())
     reasons = Counter(item["reason"] for row in written["rejected"].to_pylist() for item in row)
-    publication.count(
-        unit="sentences", rows_in=num_kept + sum(reasons.values()), rows_out=num_kept, rejects=dict(reasons)
-    )
+    publication.count(unit="sentences", rows_in=num_kept + sum(reasons.values()), rows_out=num_kept, rejects=dict(reasons))
     publication.facts["tiles"] = written.num_rows
     publication.facts["tiles_without_text"] = sum(1 for texts in written["texts"].to_pylist() if not texts)

@@ -54,9 +54,7 @@ def colour_table(tiles: Dataset, pixels: PixelsConfig) -> pa.Table:
 
     In no particular order. Raises :class:`imagery.TileImageError` naming a tile that cannot be decoded or cropped.
     """
-    rows = map_tables(
-        read(tiles, ["tile_id", "image", "error"]), partial(_describe, pixels=pixels), batch_size=TILES_PER_BATCH
-    )
+    rows = map_tables(read(tiles, ["tile_id", "image", "error"]), partial(_describe, pixels=pixels), batch_size=TILES_PER_BATCH)
     return pa.concat_tables(ray.get(rows.to_arrow_refs()))
 
 
@@ -175,6 +173,4 @@ def _spectrum(brightness: np.ndarray) -> np.ndarray:
     return np.array([np.log10(power[ring == band].mean() + 1e-9) for band in range(NUM_SPECTRUM_BANDS)])
 
 
-NUM_COLOUR_FEATURES = (
-    3 * (2 + len(PERCENTILES)) + 7 + 3 + HISTOGRAM_BINS**3 + 4 * len(GRADIENT_STEPS_PX) + NUM_SPECTRUM_BANDS
-)
+NUM_COLOUR_FEATURES = 3 * (2 + len(PERCENTILES)) + 7 + 3 + HISTOGRAM_BINS**3 + 4 * len(GRADIENT_STEPS_PX) + NUM_SPECTRUM_BANDS

@@ -81,10 +81,7 @@ class EmbedBatch:
         if batch.num_rows == 0:
             return schema.empty_table()
         pixels = np.stack(
-            [
-                to_square(crop_margins(decode(image), self._pixels), self._model.image_px)
-                for image in batch["image"].to_pylist()
-            ]
+            [to_square(crop_margins(decode(image), self._pixels), self._model.image_px) for image in batch["image"].to_pylist()]
         )
         vectors = self._encode(pixels)
         columns: dict[str, Any] = {

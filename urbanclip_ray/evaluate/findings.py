@@ -21,8 +21,7 @@ def finding(indicator: str, record: Json) -> Json:
     scores = {
         row["method"]: row
         for row in record["probe"]
-        if (row["indicator"], row["split"], row["metric"]) == (indicator, record["outer"], "r2")
-        and row["mean"] is not None
+        if (row["indicator"], row["split"], row["metric"]) == (indicator, record["outer"], "r2") and row["mean"] is not None
     }
     if not scores:
         return {

@@ -82,9 +82,7 @@ def score_dots(scores: list[dict[str, Any]], outer: str) -> Figure:
             marker={
                 "size": 11,
                 "color": colour,
-                "symbol": [
-                    "triangle-left" if not shown else "circle" if split == outer else "circle-open" for shown in inside
-                ],
+                "symbol": ["triangle-left" if not shown else "circle" if split == outer else "circle-open" for shown in inside],
                 "line": {"width": 2, "color": colour},
             },
         )
@@ -137,9 +135,7 @@ def _map(tiles: pd.DataFrame, test: pd.DataFrame, values: pd.Series, axis: Axis,
     others = tiles[~tiles["tile_id"].isin(test["tile_id"])]
     square = {"symbol": "square", "size": axis.tile_px}
     figure = go.Figure()
-    figure.add_scatter(
-        x=others["lon"].round(5), y=others["lat"].round(5), mode="markers", marker=square | {"color": NEUTRAL}
-    )
+    figure.add_scatter(x=others["lon"].round(5), y=others["lat"].round(5), mode="markers", marker=square | {"color": NEUTRAL})
     figure.data[0].update(hoverinfo="skip")
     figure.add_scatter(
         x=test["lon"].round(5),
@@ -215,9 +211,7 @@ def recall_curves(validation: list[dict[str, Any]], direction: str) -> Figure:
     figure = go.Figure()
     for k, colour in ((1, OUTER_COLOUR), (5, OTHER_COLOURS[0]), (10, OTHER_COLOURS[1])):
         key = f"{direction}_r{k}"
-        chance = [
-            {"step": row["step"], "chance": min(1.0, k / row["num_images"])} for row in validation if row["num_images"]
-        ]
+        chance = [{"step": row["step"], "chance": min(1.0, k / row["num_images"])} for row in validation if row["num_images"]]
         _add_curve(figure, validation, key, f"R@{k}", {"color": colour, "width": 2}, "lines+markers")
         _add_curve(figure, chance, "chance", f"R@{k} by chance", {"color": colour, "width": 1, "dash": "dash"}, "lines")
     figure.for_each_trace(lambda trace: trace.update(showlegend="chance" not in trace.name))
@@ -226,9 +220,7 @@ def recall_curves(validation: list[dict[str, Any]], direction: str) -> Figure:
     return _as_json(_over_steps(figure, direction.replace("_", " ") + ": share found"))
 
 
-def _add_curve(
-    figure: go.Figure, rows: list[dict[str, Any]], key: str, name: str, line: dict[str, Any], mode: str
-) -> None:
+def _add_curve(figure: go.Figure, rows: list[dict[str, Any]], key: str, name: str, line: dict[str, Any], mode: str) -> None:
     points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     if points:
         steps, values = zip(*points, strict=True)

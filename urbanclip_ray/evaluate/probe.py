@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from urbanclip_ray.config import Method, PixelsConfig, ProbeConfig
+from urbanclip_ray.errors import UserError
 from urbanclip_ray.evaluate.baselines import MeanProbe, NeighboursProbe, colour_table, unit_vectors
 from urbanclip_ray.evaluate.regression import MlpProbe, Probe, RidgeProbe
 from urbanclip_ray.evaluate.scores import score_predictions
@@ -41,7 +42,7 @@ FEATURES_OF: dict[Method, str] = {
 }
 
 
-class ProbeError(ValueError):
+class ProbeError(UserError, ValueError):
     """Inputs that cannot be probed; the message names the count and the fix."""
 
 
@@ -99,9 +100,7 @@ def probe(
     scores = score_predictions(predictions, outer)
     publication.write_file("scores.json", json.dumps(scores, indent=1, allow_nan=False).encode())
     publication.facts["skipped"] = skipped
-    publication.facts["unusable_targets"] = {
-        name: count_unusable(values, config.target) for name, values in raw.items()
-    }
+    publication.facts["unusable_targets"] = {name: count_unusable(values, config.target) for name, values in raw.items()}
     publication.count(unit="predictions", rows_in=predictions.num_rows, rows_out=predictions.num_rows, rejects={})
 
 
@@ -116,8 +115,7 @@ def _read_indicators(labels: Dataset, tile_ids: pa.Array, config: ProbeConfig) -
         raise ProbeError(f"{labels.uri} has no indicators: bring a label column with the source")
     where = _locate(table, tile_ids, labels.uri)
     return {
-        name: table[name].cast(pa.float64()).take(where).to_numpy(zero_copy_only=False).astype(np.float64)
-        for name in wanted
+        name: table[name].cast(pa.float64()).take(where).to_numpy(zero_copy_only=False).astype(np.float64) for name in wanted
     }
 
 
@@ -232,9 +230,7 @@ def _run(inputs: Inputs) -> dict[tuple[str, Draw], dict[Method, np.ndarray]]:
     """Predictions by indicator and draw, fitted in parallel."""
     fit = ray.remote(num_cpus=1, runtime_env={"env_vars": ONE_THREAD})(_fit)
     shared = ray.put(inputs)
-    keys = {
-        fit.remote(shared, draw, indicator): (indicator, draw) for indicator in inputs.targets for draw in inputs.parts
-    }
+    keys = {fit.remote(shared, draw, indicator): (indicator, draw) for indicator in inputs.targets for draw in inputs.parts}
     results: dict[tuple[str, Draw], dict[Method, np.ndarray]] = {}
     pending: list[Any] = list(keys)
     try:

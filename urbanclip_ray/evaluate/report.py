@@ -79,9 +79,7 @@ def _read_json(dataset: Dataset, name: str) -> Any:
 
 def _page(config: RunConfig, datasets: Mapping[str, Dataset], record: Json) -> str:
     figures: dict[str, plots.Figure] = {}
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = importlib.resources.files("urbanclip_ray.evaluate").joinpath("report.html").read_text("utf-8")
     outer = record["outer"]
     findings = [finding(indicator, record) for indicator in distinct(record["probe"], "indicator")]
@@ -145,9 +143,7 @@ def _libraries(provenance: dict[str, Json]) -> list[Json]:
 
 def _lead(config: RunConfig, datasets: Mapping[str, Dataset], record: Json) -> list[str]:
     tiles = datasets["tiles"].manifest
-    lead = [
-        f"{tiles.rows_out:,} of {tiles.rows_in:,} {tiles.unit} of {SOURCE_NAMES[config.source.kind]} could be used."
-    ]
+    lead = [f"{tiles.rows_out:,} of {tiles.rows_in:,} {tiles.unit} of {SOURCE_NAMES[config.source.kind]} could be used."]
     if "captions" in datasets:
         sentence = f"They were described by {CAPTIONER_NAMES[config.caption.captioner]}"
         if "pairs" in datasets:
@@ -156,9 +152,7 @@ def _lead(config: RunConfig, datasets: Mapping[str, Dataset], record: Json) -> l
         lead.append(sentence + ".")
     weights = _weights_digest(datasets)
     if "pretrain" in datasets:
-        lead.append(
-            f"A {config.model.architecture} was pretrained on them{f', giving weights {weights}' * bool(weights)}."
-        )
+        lead.append(f"A {config.model.architecture} was pretrained on them{f', giving weights {weights}' * bool(weights)}.")
     elif config.embed.weights:
         lead.append(f"Weights made before were used: {config.embed.weights}{f' (digest {weights})' * bool(weights)}.")
     outer = [row for row in record["probe"] if row["split"] == record["outer"]]
@@ -229,9 +223,7 @@ def _map_areas(tiles: Dataset) -> dict[str, pd.DataFrame]:
     if frame.empty:
         return {}
     spans = frame.groupby("region")[["lon", "lat"]].agg(np.ptp)
-    if 1 < len(spans) <= MOST_MAP_AREAS and spans.prod(axis=1).sum() < 0.25 * np.ptp(frame["lon"]) * np.ptp(
-        frame["lat"]
-    ):
+    if 1 < len(spans) <= MOST_MAP_AREAS and spans.prod(axis=1).sum() < 0.25 * np.ptp(frame["lon"]) * np.ptp(frame["lat"]):
         return {str(region): rows for region, rows in frame.groupby("region")}
     return {"": frame}
 
@@ -260,9 +252,7 @@ def _retrieval_rows(parts: list[Json]) -> list[Json]:
             "part": part["part"],
             "direction": direction.replace("_", " "),
             "size": f"{part['num_images']:,} images, {part['num_texts']:,} texts",
-            "recalls": [
-                (_percent(part[direction][f"r{k}"]), _percent(part["chance"][direction][f"r{k}"])) for k in (1, 5, 10)
-            ],
+            "recalls": [(_percent(part[direction][f"r{k}"]), _percent(part["chance"][direction][f"r{k}"])) for k in (1, 5, 10)],
         }
         for part in sorted(parts, key=lambda part: part["part"] != "test")
         for direction in ("image_to_text", "text_to_image")
@@ -296,8 +286,7 @@ def _gallery(datasets: Mapping[str, Dataset], outer: str) -> list[Json]:
             "image": _thumbnail(images.get(row["tile_id"])),
             "kept": [_shorten(text) for text in row["texts"][:NUM_SENTENCES_SHOWN]],
             "rejected": [
-                {"text": _shorten(item["text"]), "reason": item["reason"]}
-                for item in row["rejected"][:NUM_SENTENCES_SHOWN]
+                {"text": _shorten(item["text"]), "reason": item["reason"]} for item in row["rejected"][:NUM_SENTENCES_SHOWN]
             ],
             "num_more": sum(max(0, len(texts) - NUM_SENTENCES_SHOWN) for texts in (row["texts"], row["rejected"])),
         }

@@ -29,7 +29,8 @@ def measure_retrieval(
     dataflow.connect()
     chosen = (pc.field("split") == outer) & (pc.field("seed") == 0)
     parts = splits.read(["tile_id", "part"], filters=chosen)
-    images = embeddings.read(["tile_id", "embedding"]).join(parts, keys="tile_id", join_type="inner")
+    images = embeddings.read(["tile_id", "embedding"])
+    images = images.append_column("part", parts["part"].take(pc.index_in(images["tile_id"], parts["tile_id"])))
     texts = pairs.read(["tile_id", "texts"])
     results, num_texts = [], 0
     for part in ("val", "test"):

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from urbanclip_ray.config import SplitConfig, SplitKind
+from urbanclip_ray.errors import UserError
 from urbanclip_ray.schema import SPLITS
 from urbanclip_ray.storage import Dataset, Publication
 
@@ -31,13 +32,11 @@ MORE_OF = {
 }
 
 
-class SplitError(ValueError):
+class SplitError(UserError, ValueError):
     """Tiles that cannot be split as asked; the message names the count and the fix."""
 
 
-def assign_splits(
-    tiles: pa.Table, config: SplitConfig, source_parts: pa.Table | None
-) -> tuple[pa.Table, dict[str, int]]:
+def assign_splits(tiles: pa.Table, config: SplitConfig, source_parts: pa.Table | None) -> tuple[pa.Table, dict[str, int]]:
     """Every usable tile's part in every split and draw, and the rejected tiles by reason.
 
     `tiles` has `tile_id`, `lon`, `lat` (degrees), `group` and `error`; `source_parts` has `tile_id` and `part`, or is
@@ -64,17 +63,13 @@ def assign_splits(
     return pa.concat_tables(rows).combine_chunks(), {UNREADABLE: num_rejected} if num_rejected else {}
 
 
-def publish_splits(
-    tiles: Dataset, config: SplitConfig, source_parts: pa.Table | None, publication: Publication
-) -> None:
+def publish_splits(tiles: Dataset, config: SplitConfig, source_parts: pa.Table | None, publication: Publication) -> None:
     """Read the small columns of the tiles, assign the splits and write them. Accounts in tiles."""
     table = tiles.read(COLUMNS)
     rows, rejects = assign_splits(table, config, source_parts)
     publication.write_table(rows)
     num_rejected = sum(rejects.values())
-    publication.count(
-        unit="tiles", rows_in=table.num_rows, rows_out=table.num_rows - num_rejected, rejects=dict(rejects)
-    )
+    publication.count(unit="tiles", rows_in=table.num_rows, rows_out=table.num_rows - num_rejected, rejects=dict(rejects))
     if source_parts is not None:
         unknown = pc.invert(pc.is_in(source_parts["tile_id"], value_set=table["tile_id"].combine_chunks()))
         publication.facts["source_parts_without_tile"] = pc.sum(unknown).as_py() or 0
@@ -96,9 +91,7 @@ def block_codes(lon: np.ndarray, lat: np.ndarray, block_km: float) -> np.ndarray
     return band * most_columns + column
 
 
-def _draws(
-    kind: SplitKind, tiles: pa.Table, config: SplitConfig, source_parts: pa.Table | None
-) -> Iterator[np.ndarray]:
+def _draws(kind: SplitKind, tiles: pa.Table, config: SplitConfig, source_parts: pa.Table | None) -> Iterator[np.ndarray]:
     """The part of every tile (strings), one array per draw."""
     own_parts = _source_parts(tiles, source_parts) if kind == "source" else None
     units = _units(kind, tiles, config)

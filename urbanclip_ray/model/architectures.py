@@ -8,9 +8,7 @@ from typing import Any
 from urbanclip_ray.config import ConfigError, ModelConfig
 
 
-def _small_coca(
-    *, image_px: int, patch_px: int, width: int, layers: int, text_layers: int, context: int
-) -> dict[str, Any]:
+def _small_coca(*, image_px: int, patch_px: int, width: int, layers: int, text_layers: int, context: int) -> dict[str, Any]:
     """A CoCa for two CPU cores: mean pooling instead of 256 pooler queries, one decoder layer, one width throughout.
 
     The decoder reads the patch tokens directly, so both towers share `width`. Heads are 64 wide.

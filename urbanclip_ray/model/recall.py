@@ -6,6 +6,8 @@ counts as found when any of its own texts is among the first k, so twins with th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -26,12 +28,12 @@ def recall_at_k(image: Tensor, text: Tensor, owner: Tensor) -> dict[str, dict[st
     }
 
 
-def _recall(queries: Tensor, gallery: Tensor, is_hit: object) -> dict[str, float]:
+def _recall(queries: Tensor, gallery: Tensor, is_hit: Callable[[Tensor, Tensor], Tensor]) -> dict[str, float]:
     hits = np.zeros(len(KS))
     largest = min(max(KS), len(gallery))
-    for chunk in torch.arange(len(queries)).split(QUERIES_PER_CHUNK):
+    for chunk in torch.split(torch.arange(len(queries)), QUERIES_PER_CHUNK):
         found = (queries[chunk] @ gallery.T).topk(largest, dim=1).indices
-        hit = is_hit(chunk, found)  # type: ignore[operator]
+        hit = is_hit(chunk, found)
         hits += [float(hit[:, :k].any(dim=1).sum()) for k in KS]
     return {f"r{k}": float(value / max(1, len(queries))) for k, value in zip(KS, hits, strict=True)}
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from urbanclip_ray.config import ConfigError
 
@@ -61,9 +61,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, context_length: int) -> Tex
     )
     backend.train_from_iterator(texts, trainer)
     start, end = SPECIAL_TOKENS[1], SPECIAL_TOKENS[2]
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{start} $A {end}", special_tokens=[(start, 1), (end, 2)]
-    )
+    backend.post_processor = processors.TemplateProcessing(single=f"{start} $A {end}", special_tokens=[(start, 1), (end, 2)])
     return TextTokenizer(backend, start_id=1, end_id=2, context_length=context_length)
 
 
@@ -74,25 +72,19 @@ def open_clip_tokenizer(context_length: int) -> TextTokenizer:
     simple = SimpleTokenizer()
     merges = list(simple.bpe_ranks)
     backend = Tokenizer(
-        models.BPE(vocab=simple.encoder, merges=merges, end_of_word_suffix="</w>", unk_token="<end_of_text>")
+        models.BPE(vocab=simple.encoder, merges=merges, end_of_word_suffix="</w>", unk_token="<end_of_text>")  # noqa: S106 a token, no password
     )
     backend.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(_regex(r"\s+"), " "), normalizers.Lowercase()]
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
     pattern = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # CLIP's own words
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(_regex(pattern), behavior="removed", invert=True),
+            pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     return TextTokenizer(backend, simple.sot_token_id, simple.eot_token_id, context_length)
-
-
-def _regex(pattern: str) -> object:
-    from tokenizers import Regex
-
-    return Regex(pattern)
 
 
 def tokenizer_files(tokenizer: TextTokenizer) -> dict[str, bytes]:

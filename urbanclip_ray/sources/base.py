@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from urbanclip_ray import storage
+from urbanclip_ray.errors import UserError
 
 
-class SourceError(ValueError):
+class SourceError(UserError, ValueError):
     """A source that cannot be used as it is; the message names the file, row or key and the fix."""
 
 

@@ -18,20 +18,19 @@ import ray.data
 
 from urbanclip_ray import dataflow
 from urbanclip_ray.config import IngestConfig
+from urbanclip_ray.errors import UserError
 from urbanclip_ray.imagery import TileImageError, decode
 from urbanclip_ray.schema import TILES, labels_schema
 from urbanclip_ray.sources.base import Source, SourceError, TileRecord
 from urbanclip_ray.storage import Dataset, Publication
 
-RECORDS = pa.schema(
-    [TILES.field(name) if name in TILES.names else pa.field(name, pa.string()) for name in TileRecord._fields]
-)
+RECORDS = pa.schema([TILES.field(name) if name in TILES.names else pa.field(name, pa.string()) for name in TileRecord._fields])
 BATCHES_PER_FILE = 4  # about 10 MB of small JPEG tiles a file: enough files to spread, few enough to list
 READ_THREADS = 8  # a worker waits for object storage, not for its CPU
 NUM_EXAMPLES = 20  # how many tile ids a fact lists
 
 
-class IngestError(RuntimeError):
+class IngestError(UserError, RuntimeError):
     """Too many tiles that cannot be used; the message names the first ones and the fix."""
 
 

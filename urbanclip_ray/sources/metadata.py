@@ -119,9 +119,7 @@ class MetadataTable:
 
     def _need(self, column: str, key: str) -> str:
         if column not in self._cells.columns:
-            raise SourceError(
-                f"{self.uri} has no column {column!r}: correct source.{key}; its columns are {self._column_list}"
-            )
+            raise SourceError(f"{self.uri} has no column {column!r}: correct source.{key}; its columns are {self._column_list}")
         return column
 
     def _optional(self, key: str) -> str | None:

@@ -113,8 +113,7 @@ class WorldTiles:
         kept = share >= config.min_land_share
         if not kept.any():
             raise SourceError(
-                "no tile of the world map passes: lower source.min_land_share or source.tile_px, or raise "
-                "source.max_abs_lat"
+                "no tile of the world map passes: lower source.min_land_share or source.tile_px, or raise source.max_abs_lat"
             )
         return list(zip(x[kept].tolist(), y[kept].tolist(), strict=True))
 

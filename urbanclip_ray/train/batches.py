@@ -117,7 +117,8 @@ def prefetch(items: Iterable[T], depth: int = 1) -> Iterator[T]:
     def offer(item: Any) -> None:
         while not stopped.is_set():
             try:
-                return ready.put(item, timeout=0.5)
+                ready.put(item, timeout=0.5)
+                break
             except queue.Full:
                 continue
 

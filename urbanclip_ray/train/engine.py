@@ -45,6 +45,8 @@ def start_engine(model: nn.Module, config: TrainConfig) -> Any:
     """A DeepSpeed engine with AdamW; matrices decay, vectors do not (open_clip's rule)."""
     import deepspeed
 
+    # an inference-only collective that would be compiled at first use, for a minute; training never calls it
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     matrices = [value for value in model.parameters() if value.ndim >= 2]
     vectors = [value for value in model.parameters() if value.ndim < 2]
     optimizer = torch.optim.AdamW(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ray.train
+from ray.train import LoggingConfig
 from ray.train.torch import TorchTrainer
 
 from urbanclip_ray import dataflow
@@ -12,9 +13,8 @@ from urbanclip_ray.model.tokenize import TextTokenizer, open_clip_tokenizer, tok
 from urbanclip_ray.storage import Dataset, Publication, join, list_files, resolve
 from urbanclip_ray.train.loop import TrainSpec, train_rank
 
-WORKER_ENVIRONMENT = {
-    "DS_ACCELERATOR": "cpu",  # without a GPU DeepSpeed otherwise warns of a CUDA that torch was built for
-}
+WORKER_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}  # the patch prints every line twice
+CPU_ENVIRONMENT = {"DS_ACCELERATOR": "cpu"}  # DeepSpeed else warns of the CUDA that torch was built for
 
 
 def pretrain(config: RunConfig, shards: Dataset, publication: Publication) -> None:
@@ -72,7 +72,8 @@ def _run_workers(spec: TrainSpec, config: RunConfig, publication: Publication) -
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
-            worker_runtime_env=None if resources.use_gpu else {"env_vars": WORKER_ENVIRONMENT},
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | ({} if resources.use_gpu else CPU_ENVIRONMENT)},
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     trainer.fit()

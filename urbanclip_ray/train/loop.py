@@ -122,7 +122,7 @@ def take_step(engine: Any, step: TrainStep, num_steps: int, config: TrainConfig)
         "contrastive": contrastive,
         "caption": caption,
         "lr": lr,
-        "logit_scale": float(output.logit_scale),
+        "logit_scale": float(output.logit_scale.detach()),
     }
 
 

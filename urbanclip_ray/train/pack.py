@@ -25,9 +25,7 @@ def pack_shards(
     """Row ids are places in a seeded shuffle, training rows first; files hold consecutive row ids of mixed tiles."""
     rows = _number_rows(pairs, splits, outer, config.seed)
     if rows.num_rows == 0:
-        raise ConfigError(
-            "no tile has both a place in the split and an accepted sentence: look at the rejects of refine"
-        )
+        raise ConfigError("no tile has both a place in the split and an accepted sentence: look at the rejects of refine")
     dataflow.connect()
     lookup = ray.put(rows)
 
@@ -44,7 +42,7 @@ def pack_shards(
     num_files = -(-rows.num_rows // config.rows_per_file)
     packed = packed.repartition(num_files).sort("row_id").repartition(target_num_rows_per_block=config.rows_per_file)
     dataflow.write(packed, publication, max_rows_per_file=config.rows_per_file)
-    _count(publication, tiles, rows, pairs, splits, outer)
+    _count(publication, tiles, rows, splits, outer)
 
 
 def _number_rows(pairs: Dataset, splits: Dataset, outer: str, seed: int) -> pa.Table:
@@ -52,8 +50,10 @@ def _number_rows(pairs: Dataset, splits: Dataset, outer: str, seed: int) -> pa.T
     parts = outer_parts(splits, outer)
     texts = pairs.read(["tile_id", "texts"])
     texts = texts.filter(pc.greater(pc.list_value_length(texts["texts"]), 0))
-    joined = texts.join(parts, keys="tile_id", join_type="inner").filter(pc.field("part") != "test")
-    joined = joined.sort_by("tile_id")
+    place = pc.index_in(texts["tile_id"], value_set=parts["tile_id"])
+    texts, place = texts.filter(pc.is_valid(place)), place.filter(pc.is_valid(place))
+    joined = texts.append_column("part", parts["part"].take(place))
+    joined = joined.filter(pc.not_equal(joined["part"], "test")).sort_by("tile_id")
     order = np.random.default_rng(seed).permutation(joined.num_rows)
     is_val = (joined["part"].to_numpy() == "val")[order]
     order = order[np.argsort(is_val, kind="stable")]  # training rows first, so that their files hold nothing else
@@ -66,9 +66,7 @@ def outer_parts(splits: Dataset, outer: str) -> pa.Table:
     return splits.read(["tile_id", "part"], filters=chosen)
 
 
-def _count(
-    publication: Publication, tiles: Dataset, rows: pa.Table, pairs: Dataset, splits: Dataset, outer: str
-) -> None:
+def _count(publication: Publication, tiles: Dataset, rows: pa.Table, splits: Dataset, outer: str) -> None:
     written = publication.read(["row_id", "part"])
     if sorted(written["row_id"].to_pylist()) != list(range(rows.num_rows)):
         raise AssertionError(f"{publication.uri}: {written.num_rows} rows written, {rows.num_rows} expected")
@@ -87,6 +85,4 @@ def _count(
             "unreadable tile": tiles.manifest.rows_in - len(readable),
         },
     )
-    publication.facts["parts"] = {
-        part: int(pc.sum(pc.equal(written["part"], part)).as_py() or 0) for part in ("train", "val")
-    }
+    publication.facts["parts"] = {part: int(pc.sum(pc.equal(written["part"], part)).as_py() or 0) for part in ("train", "val")}

@@ -62,7 +62,7 @@ def _summarise(shares: list[Any], scale: Tensor, config: TrainConfig) -> dict[st
     joined = {name: torch.cat([share[name] for share in shares]) for name in ("image", "text", "key")}
     image, text, key = (joined[name][order] for name in ("image", "text", "key"))
     losses = []
-    for chunk in torch.arange(len(image)).split(config.contrastive_batch_size):
+    for chunk in torch.split(torch.arange(len(image)), config.contrastive_batch_size):
         pair = image[chunk], text[chunk]
         losses.append(float(contrastive_loss(*pair, *pair, key[chunk], 0, scale)) * len(chunk))
     recall = recall_at_k(

@@ -22,8 +22,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 NUM_TILES = 240
 WIDTH = 12
 IDS = [f"city/{index:04d}" for index in range(NUM_TILES)]
-QUICK = ProbeConfig(target="log", mlp_hidden=16, mlp_lr=3e-3, mlp_max_epochs=15, mlp_patience=5, indicators=("carbon",))
-FREE = ("colour", "coordinates", "mean")
+QUICK = ProbeConfig(target="log", mlp_hidden=32, mlp_lr=1e-2, mlp_max_epochs=60, mlp_patience=10, indicators=("carbon",))
 
 
 def store(where: str, table: pa.Table) -> Dataset:
@@ -98,9 +97,7 @@ def with_methods(*methods: str, **changed: Any) -> ProbeConfig:
 
 def r2(scores: dict[str, Any], method: str, split: str) -> float:
     [found] = [
-        entry
-        for entry in scores["probe"]
-        if (entry["method"], entry["split"], entry["metric"]) == (method, split, "r2")
+        entry for entry in scores["probe"] if (entry["method"], entry["split"], entry["metric"]) == (method, split, "r2")
     ]
     mean: float = found["mean"]
     return mean
@@ -118,7 +115,8 @@ def test_every_method_end_to_end_on_a_target_that_is_linear_in_the_vectors(world
     assert predictions.num_rows == num_test * len(QUICK.methods)
     for split in ("blocks", "random"):
         assert r2(scores, "pretrained", split) > 0.95
-        for method in ("untrained", "colour", "coordinates", "mean"):
+        assert r2(scores, "pretrained_mlp", split) > 0.5
+        for method in ("untrained", "untrained_mlp", "colour", "coordinates", "mean"):
             assert r2(scores, method, split) < 0.2
     assert scores == score_predictions(predictions, "blocks")
     assert scores["transductive"] == ["random"]
@@ -142,8 +140,9 @@ def test_labels_of_test_tiles_reach_no_prediction(world: World) -> None:
     test = np.isin(IDS, outer.filter(pc.equal(outer["part"], "test"))["tile_id"].to_pylist())
     changed = np.exp(np.where(test, -3 * world.log_carbon + 7, world.log_carbon))
     labels = store(f"{world.where}/changed-labels", pa.table([IDS, changed], schema=labels_schema(["carbon"])))
-    before = world.probe(splits=splits).read()
-    after = world.probe(splits=splits, labels=labels).read()
+    config = with_methods("pretrained", "pretrained_mlp", "coordinates", "mean")
+    before = world.probe(config, splits=splits).read()
+    after = world.probe(config, splits=splits, labels=labels).read()
     assert after["y_pred"].equals(before["y_pred"])
     assert not after["y"].equals(before["y"])
 
@@ -192,10 +191,8 @@ def test_inputs_that_cannot_be_probed_name_the_fix(world: World) -> None:
         world.probe(with_methods("pretrained"), embeddings={"pretrained": short})
     broken = world.vectors.copy()
     broken[7, 3] = np.nan
-    with pytest.raises(ProbeError, match="1 vectors of .* not finite"):
-        world.probe(
-            with_methods("pretrained"), embeddings={"pretrained": store(f"{world.where}/nan", vectors_table(broken))}
-        )
+    with pytest.raises(ProbeError, match=r"1 vectors of .* not finite"):
+        world.probe(with_methods("pretrained"), embeddings={"pretrained": store(f"{world.where}/nan", vectors_table(broken))})
     with pytest.raises(ProbeError, match="every method"):
         world.probe(with_methods("pretrained"), embeddings={})
     twice = store(f"{world.where}/twice", pa.concat_tables([world.labels_table, world.labels_table]))

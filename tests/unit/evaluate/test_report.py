@@ -175,9 +175,7 @@ def make_text(root, rows) -> dict[str, Dataset]:
         captions.append(caption | {"model": "land_cover", "prompt": "", "error": None})
     return {
         "captions": make(root, "captions", [pa.Table.from_pylist(captions, schema=CAPTIONS)]),
-        "pairs": make(
-            root, "pairs", [pa.Table.from_pylist(pairs, schema=PAIRS)], unit="sentences", rejects={HOSTILE[0]: 7}
-        ),
+        "pairs": make(root, "pairs", [pa.Table.from_pylist(pairs, schema=PAIRS)], unit="sentences", rejects={HOSTILE[0]: 7}),
     }
 
 
@@ -320,9 +318,7 @@ def test_hostile_data_stays_text(complete):
     assert not [tag for tag, _ in page.elements if tag in ("b", "i")]
     for text in (*HOSTILE, HOSTILE_TILE, INDICATORS[1]):
         assert text in page.text
-    hovers = [
-        text for figure in figures_of(page).values() for trace in figure["data"] for text in trace.get("text", ())
-    ]
+    hovers = [text for figure in figures_of(page).values() for trace in figure["data"] for text in trace.get("text", ())]
     assert "&lt;b&gt;tile&lt;/b&gt;&amp;&lt;/script&gt;" in hovers
     assert not [text for text in hovers if "<" in text]
 

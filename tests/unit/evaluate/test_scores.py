@@ -37,9 +37,7 @@ def rows(
     return pa.table([pa.array(columns[field.name], field.type) for field in PREDICTIONS], schema=PREDICTIONS)
 
 
-def draws(
-    num_tiles: int = 60, num_draws: int = 5, split: str = "blocks"
-) -> tuple[np.ndarray, dict[str, list[np.ndarray]]]:
+def draws(num_tiles: int = 60, num_draws: int = 5, split: str = "blocks") -> tuple[np.ndarray, dict[str, list[np.ndarray]]]:
     """One fixed test set; `pretrained` with small errors, `colour` with larger ones."""
     rng = np.random.default_rng(3)
     y = rng.normal(size=num_tiles) * 2 + 9
@@ -88,9 +86,7 @@ def test_the_order_of_rows_changes_nothing() -> None:
     table = table_of(y, predicted)
     shuffled = table.take(np.random.default_rng(0).permutation(table.num_rows))
     one, other = score_predictions(table, "blocks"), score_predictions(shuffled, "blocks")
-    assert entry(one, metric="r2", method="colour")["mean"] == pytest.approx(
-        entry(other, metric="r2", method="colour")["mean"]
-    )
+    assert entry(one, metric="r2", method="colour")["mean"] == pytest.approx(entry(other, metric="r2", method="colour")["mean"])
     assert one["paired"][0]["low"] == pytest.approx(other["paired"][0]["low"])
 
 

@@ -169,9 +169,7 @@ def test_the_date_line_and_the_poles_are_ordinary() -> None:
     dense = np.linspace(-180, 180, 36_001)[:-1]
     num_in_block = np.unique(block_codes(dense, np.full(36_000, 10.2), 50), return_counts=True)[1]
     assert num_in_block.min() >= num_in_block.max() - 1  # no thin remainder at the line
-    assert (
-        block_codes(np.array([0.0]), np.array([90.0]), 50)[0] == block_codes(np.array([0.0]), np.array([89.9]), 50)[0]
-    )
+    assert block_codes(np.array([0.0]), np.array([90.0]), 50)[0] == block_codes(np.array([0.0]), np.array([89.9]), 50)[0]
 
 
 def source_table(parts: list[str | None], ids: list[str] | None = None) -> pa.Table:
@@ -214,9 +212,7 @@ def test_published_splits_account_in_tiles(tmp_path: object) -> None:
     columns = {name: small[name] for name in small.column_names}
     full = pa.table(
         {
-            field.name: columns.get(
-                field.name, pa.array(["x" if pa.types.is_string(field.type) else None] * 50, field.type)
-            )
+            field.name: columns.get(field.name, pa.array(["x" if pa.types.is_string(field.type) else None] * 50, field.type))
             for field in TILES
         }
     )

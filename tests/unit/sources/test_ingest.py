@@ -23,9 +23,7 @@ SMALL_BATCHES = 2  # several blocks and files even from a dozen tiles
 
 def jpeg(seed: int, side_px: int = 16) -> bytes:
     stream = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side_px, side_px, 3), dtype=np.uint8)).save(
-        stream, "JPEG"
-    )
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side_px, side_px, 3), dtype=np.uint8)).save(stream, "JPEG")
     return stream.getvalue()
 
 
@@ -54,6 +52,7 @@ def test_every_tile_is_a_row_and_bad_ones_say_why(folder, tmp_path, ray_cluster)
     table = dataset.read()
     assert table.schema.names == TILES.names
     rows = {row["tile_id"]: row for row in table.to_pylist()}
+    assert list(rows) == sorted(rows)
     assert len(rows) == table.num_rows == 12
     good = rows["paris/0"]
     assert good["image"] == jpeg(0)  # untouched
@@ -114,9 +113,7 @@ def test_failed_reads_and_limits_become_errors_without_file_names_in_the_reason(
 
 
 def publish_tiles(uri, tile_ids):
-    table = pa.Table.from_pylist(
-        [{"tile_id": tile_id, "region": "r", "scheme": "none"} for tile_id in tile_ids], schema=TILES
-    )
+    table = pa.Table.from_pylist([{"tile_id": tile_id, "region": "r", "scheme": "none"} for tile_id in tile_ids], schema=TILES)
     with publish(uri, "tiles", {}, {}) as publication:
         publication.write_table(table)
     return open_dataset(uri)
