@@ -29,7 +29,8 @@ def run_job(description: str | None, sections: Sequence[str], stages: Sequence[s
     except UserError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        sys.exit(f"error: {error.strerror or error}")
+        place = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"error: {place}{error.strerror or error}")
 
 
 def build_parser(description: str, sections: Sequence[str]) -> argparse.ArgumentParser:

@@ -27,9 +27,9 @@ class ConfigError(UserError, ValueError):
     """A config that cannot be built; the message names the key and the fix."""
 
 
-def execution(default: T) -> T:
-    """A field that changes how fast a result is made but not the result, so it is left out of digests."""
-    field: T = Field(default=default, json_schema_extra={"execution": True})
+def execution(default: T, ge: float | None = None) -> T:
+    """A field that changes how fast a result is made but not the result, so it is left out of digests; `ge` bounds it."""
+    field: T = Field(default=default, ge=ge, json_schema_extra={"execution": True})
     return field
 
 
@@ -90,7 +90,7 @@ class IngestConfig(Section):
     min_side_px: int = Field(default=8, ge=1)
     max_pixels: int = Field(default=64_000_000, ge=64)  # larger ones are refused before they are decoded
     max_error_share: float = Field(default=0.05, ge=0, le=1)
-    tiles_per_batch: int = execution(64)
+    tiles_per_batch: int = execution(64, ge=1)
 
 
 class PixelsConfig(Section):
@@ -107,8 +107,8 @@ class CaptionConfig(Section):
 
     captioner: Literal["given", "land_cover"] = "land_cover"
     max_error_share: float = Field(default=0.05, ge=0, le=1)
-    tiles_per_batch: int = execution(64)
-    num_actors: int = execution(2)
+    tiles_per_batch: int = execution(64, ge=1)
+    num_actors: int = execution(2, ge=1)
 
 
 class RefineConfig(Section):
@@ -194,9 +194,9 @@ class TrainConfig(Section):
     max_validation_rows: int = Field(default=2048, ge=1)
     seed: int = 0
     zero_stage: Literal[1] = execution(1)  # the only stage for now
-    checkpoint_every_steps: int = execution(100)
-    keep_checkpoints: int = execution(2)
-    max_failures: int = execution(2)  # restarts after a lost worker before the run gives up
+    checkpoint_every_steps: int = execution(100, ge=1)
+    keep_checkpoints: int = execution(2, ge=1)
+    max_failures: int = execution(2, ge=0)  # restarts after a lost worker before the run gives up
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -216,9 +216,9 @@ class EmbedConfig(Section):
 
     weights: str = ""  # URI of weights made before; empty: the ones that this run pretrains
     views: Literal[1, 8] = 1  # 8: the mean over flips and quarter turns
-    tiles_per_batch: int = execution(64)
-    num_actors: int = execution(2)
-    gpus_per_actor: float = execution(0.0)
+    tiles_per_batch: int = execution(64, ge=1)
+    num_actors: int = execution(2, ge=1)
+    gpus_per_actor: float = execution(0.0, ge=0)
 
 
 class ProbeConfig(Section):
@@ -248,16 +248,9 @@ class ProbeConfig(Section):
 class ResourcesConfig(Section):
     """What the work may use. None of it changes a result's digest."""
 
-    num_workers: int = execution(2)  # training ranks
-    cpus_per_worker: int = execution(1)
+    num_workers: int = execution(2, ge=1)  # training ranks
+    cpus_per_worker: int = execution(1, ge=1)
     use_gpu: bool = execution(False)
-
-    @field_validator("num_workers", "cpus_per_worker")
-    @classmethod
-    def _at_least_one(cls, value: int) -> int:
-        if value < 1:
-            raise ValueError("must be at least 1")
-        return value
 
 
 class RunConfig(Section):
@@ -297,10 +290,13 @@ class RunConfig(Section):
                 f"or set train.contrastive_batch_size={held}"
             )
         if wanted < held:
+            micro, left_over = divmod(wanted, self.resources.num_workers)
+            fixes = [f"train.contrastive_batch_size={held}"]
+            if micro and not left_over:
+                fixes.insert(0, f"train.micro_batch_size={micro}")
             raise ValueError(
                 f"train.contrastive_batch_size={wanted} is below train.micro_batch_size x resources.num_workers = {held}: "
-                f"set train.micro_batch_size={max(1, wanted // self.resources.num_workers)} or "
-                f"train.contrastive_batch_size={held}"
+                f"set {' or '.join(fixes)}"
             )
         return self
 
@@ -323,11 +319,11 @@ def apply_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
         key, separator, text = item.partition("=")
         if not separator or not key:
             raise ConfigError(f"--set {item!r}: write it as key=value, for example train.lr=1e-4")
-        _assign(tree, key.strip().split("."), _parse_value(text), key)
+        _assign(tree, key.strip().split("."), _parse_value(key, text), key)
     return build_config(tree)
 
 
-def _parse_value(text: str) -> Any:
+def _parse_value(key: str, text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -335,7 +331,7 @@ def _parse_value(text: str) -> Any:
             try:
                 return yaml.safe_load(text)
             except yaml.YAMLError:
-                raise ConfigError(f"{text!r} is not a list: write [a, b]") from None
+                raise ConfigError(f"{key}: {text!r} is not a list: write [a, b]") from None
         return text
 
 
@@ -347,7 +343,7 @@ def _assign(tree: dict[str, Any], path: list[str], value: Any, key: str) -> None
             where = ".".join(path[:depth]) or "the config"
             raise ConfigError(f"unknown key {key!r}: {where} has no {name!r}{_suggest(name, known)}")
         if depth == len(path) - 1:
-            if name == "kind" and value in SOURCE_KINDS:
+            if name == "kind" and isinstance(value, str) and value in SOURCE_KINDS:
                 node.clear()  # another kind of source has other fields: they start from that kind's defaults
                 node.update(SOURCE_KINDS[value]().model_dump())
             node[name] = value
@@ -367,4 +363,8 @@ def _explain(item: Any) -> str:
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
         return f"unknown key {key!r}: remove it or correct its spelling"
-    return message if key in ("config", message.split("=")[0]) else f"{key}: {message} (got {item.get('input')!r})"
+    if item["type"] == "union_tag_invalid":
+        return f"{key}.kind: {item['ctx']['tag']!r} is not one of {item['ctx']['expected_tags']}"
+    if key == "config" or message.startswith((f"{key}.", f"{key}=")):  # a check of ours, which names its keys itself
+        return message
+    return f"{key}: {message} (got {item.get('input')!r})"

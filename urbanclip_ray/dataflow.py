@@ -12,7 +12,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from urbanclip_ray.storage import Dataset, Publication, resolve
+from urbanclip_ray.storage import Dataset, Publication, explain_os_error, resolve
 
 
 def connect() -> None:
@@ -21,17 +21,12 @@ def connect() -> None:
     A Ray that happens to run on this machine is left alone unless the address says so.
     """
     if not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS") or "local", include_dashboard=_wants_dashboard())
+        ray.init(address=os.environ.get("RAY_ADDRESS") or "local")
     if not sys.stderr.isatty():
         logging.getLogger("ray.data").setLevel(logging.WARNING)  # bars are for terminals, a log wants no frames
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True  # the same input gives the same files
     context.print_on_execution_start = False
-
-
-def _wants_dashboard() -> bool | None:
-    """None (Ray decides) on a cluster; off for a Ray of our own, which starts 2 s faster without."""
-    return None if os.environ.get("RAY_ADDRESS") else False
 
 
 def read(dataset: Dataset, columns: list[str] | None = None) -> ray.data.Dataset:
@@ -50,7 +45,11 @@ def conform(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
 def write(rows: ray.data.Dataset, publication: Publication, *, max_rows_per_file: int | None = None) -> None:
     """Run the Ray Data job and write its rows below the publication."""
     filesystem, path = resolve(publication.data_uri)
-    rows.write_parquet(path, filesystem=filesystem, max_rows_per_file=max_rows_per_file)
+    try:
+        rows.write_parquet(path, filesystem=filesystem, max_rows_per_file=max_rows_per_file)
+    except OSError as error:
+        cause = getattr(error, "cause", None)  # Ray's wrapper is an OSError too, but without the number of a full disk
+        raise explain_os_error(cause if isinstance(cause, OSError) else error, publication.uri) from error
 
 
 def map_tables(rows: ray.data.Dataset, function: Callable[[pa.Table], pa.Table], *, batch_size: int) -> ray.data.Dataset:

@@ -162,7 +162,8 @@ def _retrieval(run: Run, publication: Publication) -> None:
     from urbanclip_ray.evaluate.retrieval import measure_retrieval
 
     embeddings, pairs, splits = (run.datasets[name] for name in ("embeddings", "pairs", "splits"))
-    measure_retrieval(embeddings, pairs, splits, run.weights_uri(), run.config.split.outer, publication)
+    config = run.config
+    measure_retrieval(embeddings, pairs, splits, run.weights_uri(), config.split.outer, config.train.text_mode, publication)
 
 
 def _probe(run: Run, publication: Publication) -> None:
@@ -251,7 +252,7 @@ STAGES: tuple[Stage, ...] = (
         "retrieval",
         "embed",
         ("embeddings", "pairs", "splits"),
-        lambda run: {"outer": run.config.split.outer},
+        lambda run: {"outer": run.config.split.outer, "text_mode": run.config.train.text_mode},
         _retrieval,
         lambda run: run.pretrains,
     ),

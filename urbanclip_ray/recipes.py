@@ -25,15 +25,17 @@ def world_demo() -> RunConfig:
     """NASA Blue Marble land tiles, rule-based captions, population of their cities; what `make demo` runs."""
     return RunConfig(
         run="demo",
-        source=WorldSource(),
+        source=WorldSource(tile_px=27, stride_px=27),  # 1.8 degrees, about 200 km
         caption=CaptionConfig(captioner="land_cover"),
         split=SplitConfig(outer="blocks", also=("random",), block_km=1500),
-        model=ModelConfig(architecture="coca_tiny_54", vocab_size=600),
+        model=ModelConfig(architecture="coca_tiny_27", vocab_size=600),
         train=TrainConfig(
-            epochs=40,
+            epochs=10,
             micro_batch_size=64,
             contrastive_batch_size=128,
             global_batch_size=128,
+            lr=3e-4,
+            text_mode="paragraph",
             augment=AugmentConfig(min_area_share=0.6, flips=True),
         ),
         embed=EmbedConfig(views=8),

@@ -184,7 +184,7 @@ class Dataset:
     def parquet_paths(self) -> list[str]:
         """Paths of the Parquet files as the filesystem of :func:`resolve` knows them."""
         _, root = resolve(self.uri)
-        return [f"{root}/{entry.path}" for entry in self.manifest.files if entry.path.endswith(".parquet")]
+        return [join(root, entry.path) for entry in self.manifest.files if entry.path.endswith(".parquet")]
 
     def read(self, columns: list[str] | None = None, filters: Any = None) -> pa.Table:
         """The rows as one table in memory: for datasets without pixels, or a few rows by `filters`."""
@@ -336,7 +336,7 @@ def _put_if_absent(path: str, data: bytes) -> bool:
         client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
     except botocore.exceptions.ClientError as error:
         if error.response.get("Error", {}).get("Code") in ("PreconditionFailed", "ConditionalRequestConflict"):
-            return False
+            return read_bytes(f"s3://{path}") == data  # ours after all where a retry met its own first attempt
         raise StorageError(f"s3://{path}: {error}") from error
     return True
 

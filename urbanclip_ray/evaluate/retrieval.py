@@ -10,17 +10,25 @@ import pyarrow.compute as pc
 import ray.data
 
 from urbanclip_ray import dataflow
+from urbanclip_ray.model.texts import TextMode, shown_texts
 from urbanclip_ray.storage import Dataset, Publication
 
 TEXTS_PER_BATCH = 256
 
 
 def measure_retrieval(
-    embeddings: Dataset, pairs: Dataset, splits: Dataset, weights_uri: str, outer: str, publication: Publication
+    embeddings: Dataset,
+    pairs: Dataset,
+    splits: Dataset,
+    weights_uri: str,
+    outer: str,
+    text_mode: TextMode,
+    publication: Publication,
 ) -> None:
     """Publishes `retrieval.json`: per part (val, test) of the outer split's first draw, recall both ways, and chance.
 
-    Every accepted sentence of a part's tiles is in the gallery, repeated ones too.
+    Every accepted sentence of a part's tiles is in the gallery, repeated ones too; every whole description where the model
+    was trained on those.
     """
     import torch
 
@@ -36,14 +44,7 @@ def measure_retrieval(
     for part in ("val", "test"):
         rows = images.filter(pc.field("part") == part).sort_by("tile_id")
         gallery = texts.filter(pc.is_in(texts["tile_id"], value_set=rows["tile_id"]))
-        sentences = pa.table(
-            {
-                "owner": pc.index_in(gallery["tile_id"], value_set=rows["tile_id"]).take(
-                    pc.list_parent_indices(gallery["texts"])
-                ),
-                "text": pc.list_flatten(gallery["texts"]),
-            }
-        )
+        sentences = _gallery(gallery, rows["tile_id"], text_mode)
         if rows.num_rows == 0 or sentences.num_rows == 0:
             continue
         encoded = _encode_texts(sentences, weights_uri)
@@ -61,6 +62,18 @@ def measure_retrieval(
         num_texts += len(owner)
     publication.write_file("retrieval.json", json.dumps(results, indent=1).encode())
     publication.count(unit="texts", rows_in=num_texts, rows_out=num_texts, rejects={})
+
+
+def _gallery(pairs: pa.Table, tile_ids: pa.ChunkedArray, text_mode: TextMode) -> pa.Table:
+    """owner (place of its tile in `tile_ids`) and text of everything to be found."""
+    shown = [shown_texts(texts, text_mode) if texts else [] for texts in pairs["texts"].to_pylist()]
+    owners = pc.index_in(pairs["tile_id"], value_set=tile_ids).to_pylist()
+    return pa.table(
+        {
+            "owner": pa.array([owner for owner, texts in zip(owners, shown, strict=True) for _ in texts], pa.int64()),
+            "text": pa.array([text for texts in shown for text in texts], pa.string()),
+        }
+    )
 
 
 def _encode_texts(sentences: pa.Table, weights_uri: str) -> dict[str, np.ndarray]:

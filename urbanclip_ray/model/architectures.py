@@ -40,8 +40,8 @@ def _small_coca(*, image_px: int, patch_px: int, width: int, layers: int, text_l
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     # 64 patches of 12 px; 4.9 million of its 9 million parameters see the image
     "coca_tiny_96": _small_coca(image_px=96, patch_px=12, width=256, layers=6, text_layers=2, context=40),
-    # 81 patches of 6 px, for tiles of the world demo at their own resolution
-    "coca_tiny_54": _small_coca(image_px=54, patch_px=6, width=128, layers=4, text_layers=2, context=40),
+    # 81 patches of 3 px, for tiles of the world demo at their own resolution; texts are whole descriptions
+    "coca_tiny_27": _small_coca(image_px=27, patch_px=3, width=128, layers=4, text_layers=2, context=96),
     # for tests: seconds on one core
     "coca_test_16": _small_coca(image_px=16, patch_px=8, width=64, layers=1, text_layers=1, context=24),
 }

@@ -38,14 +38,18 @@ class TextTokenizer(NamedTuple):
 
         The extra column of padding is needed by open_clip's class mask, see `model.coca.encode_text`.
         """
-        rows = []
-        for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False):
-            rows.append([self.start_id, *encoding.ids[: self.context_length - 2], self.end_id])
+        encoded = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        rows = [[self.start_id, *text.ids[: self.context_length - 2], self.end_id] for text in encoded]
         places = min(max(len(row) for row in rows) + 1, self.context_length)
         tokens = torch.full((len(rows), places), PAD_ID, dtype=torch.int64)
         for index, row in enumerate(rows):
             tokens[index, : len(row)] = torch.tensor(row)
         return tokens
+
+    def count_cut(self, texts: Sequence[str]) -> int:
+        """How many texts do not fit into the context and lose their end."""
+        encoded = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        return sum(len(text.ids) > self.context_length - 2 for text in encoded)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, context_length: int) -> TextTokenizer:
@@ -107,13 +111,18 @@ def tokenizer_files(tokenizer: TextTokenizer) -> dict[str, bytes]:
 
 def load_tokenizer(files: dict[str, bytes]) -> TextTokenizer:
     """The tokenizer of :func:`tokenizer_files`."""
-    settings = json.loads(files[TOKENIZER_CONFIG_FILE])
     try:
+        settings = json.loads(files[TOKENIZER_CONFIG_FILE])
         start_id, end_id = int(settings["start_id"]), int(settings["end_id"])
         context_length = int(settings["model_max_length"])
     except KeyError as missing:
         raise ConfigError(
             f"{TOKENIZER_CONFIG_FILE} has no {missing}: these weights were not written by urbanclip_ray"
         ) from None
-    backend = Tokenizer.from_str(files[TOKENIZER_FILE].decode())
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{TOKENIZER_CONFIG_FILE} is damaged ({error}): copy the folder of weights again") from None
+    try:
+        backend = Tokenizer.from_str(files[TOKENIZER_FILE].decode())
+    except Exception as error:  # the library raises nothing more special
+        raise ConfigError(f"{TOKENIZER_FILE} is damaged ({error}): copy the folder of weights again") from None
     return TextTokenizer(backend, start_id, end_id, context_length)

@@ -70,8 +70,14 @@ def load_model(uri: str) -> LoadedModel:
 
 def load_model_files(files: dict[str, bytes], name: str) -> LoadedModel:
     """The model of files in memory; `name` is for error messages."""
-    config: dict[str, Any] = json.loads(files[CONFIG_FILE])["model_cfg"]
-    model = CoCa(config)
+    try:
+        config: dict[str, Any] = json.loads(files[CONFIG_FILE])["model_cfg"]
+        model = CoCa(config)
+    except Exception as error:  # a foreign config: open_clip raises whatever it stumbles over
+        raise ConfigError(
+            f"{name}: {CONFIG_FILE} does not describe a CoCa ({type(error).__name__}: {error}): give weights that "
+            "urbanclip_ray wrote"
+        ) from None
     try:
         state = safetensors.torch.load(files[WEIGHTS_FILE])
         state["logit_scale"] = state["logit_scale"].reshape(1)

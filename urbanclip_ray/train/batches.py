@@ -15,6 +15,7 @@ from torch import Tensor
 from urbanclip_ray.config import PixelsConfig, TrainConfig
 from urbanclip_ray.imagery import crop_margins, decode, to_square
 from urbanclip_ray.model.preprocess import to_tensor
+from urbanclip_ray.model.texts import shown_texts
 from urbanclip_ray.model.tokenize import TextTokenizer
 from urbanclip_ray.train.augment import augment
 from urbanclip_ray.train.shards import ShardReader, count_steps, no_rows, plan_epoch, rank_rows
@@ -59,21 +60,17 @@ class BatchMaker:
         images, texts = [], []
         for row, epoch in zip(rows, epochs, strict=True):
             random = np.random.default_rng([self._config.seed, int(epoch), row["row_id"]])
-            texts.append(self._choose_text(row["texts"], random))
+            shown = shown_texts(row["texts"], self._config.text_mode)
+            texts.append(shown[int(random.integers(len(shown)))])
             image = crop_margins(decode(row["image"]), self._pixels)
             images.append(augment(image, self._image_px, self._config.augment, random))
         return self._batch(images, texts, rows)
 
     def validation(self, rows: list[dict[str, Any]]) -> TrainBatch:
         """The whole tile, and the first sentence or the paragraph."""
-        texts = [" ".join(row["texts"]) if self._config.text_mode == "paragraph" else row["texts"][0] for row in rows]
+        texts = [shown_texts(row["texts"], self._config.text_mode)[0] for row in rows]
         images = [to_square(crop_margins(decode(row["image"]), self._pixels), self._image_px) for row in rows]
         return self._batch(images, texts, rows)
-
-    def _choose_text(self, texts: list[str], random: np.random.Generator) -> str:
-        if self._config.text_mode == "paragraph":
-            return " ".join(texts)
-        return texts[int(random.integers(len(texts)))]
 
     def _batch(self, images: list[np.ndarray], texts: list[str], rows: list[dict[str, Any]]) -> TrainBatch:
         return TrainBatch(

@@ -75,14 +75,19 @@ def set_learning_rate(engine: Any, lr: float) -> None:
 def fragments(engine: Any) -> Iterator[Fragment]:
     """What this rank owns of every parameter, as views: writing to them changes the optimizer's own copy (ZeRO 1 and 2).
 
-    The moments exist from the first step on, or after :func:`allocate_moments`.
+    `moments` is empty before the first step, unless :func:`allocate_moments` was called.
     """
+    zero = engine.optimizer
     for name, parameter in engine.module.named_parameters():
         mapping = parameter._hp_mapping
-        if mapping is not None:
-            address = mapping.lp_fragment_address
-            moments = mapping.optim_fragment or {}
-            yield Fragment(name, address.start, address.numel, mapping.get_hp_fragment(), dict(moments))
+        if mapping is None:
+            continue
+        inside, flat = mapping.hp_fragment_address, zero.single_partition_of_fp32_groups[mapping.param_group_index]
+        # not mapping.optim_fragment: DeepSpeed links it after the first group's step, when other groups have no state yet
+        state = zero.optimizer.state.get(flat, {})
+        moments = {moment: state[moment].narrow(0, inside.start, inside.numel) for moment in MOMENTS if moment in state}
+        address = mapping.lp_fragment_address
+        yield Fragment(name, address.start, address.numel, mapping.get_hp_fragment(), moments)
 
 
 def allocate_moments(engine: Any, steps_taken: int) -> None:
@@ -93,7 +98,6 @@ def allocate_moments(engine: Any, steps_taken: int) -> None:
             "step": torch.tensor(float(steps_taken)),
             **{moment: torch.zeros_like(flat) for moment in MOMENTS},
         }
-    zero._lazy_init_hp_params_optimizer_state()
 
 
 @torch.no_grad()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import pyarrow.compute as pc
 import ray.train
 from ray.train import LoggingConfig
 from ray.train.torch import TorchTrainer
 
 from urbanclip_ray import dataflow
 from urbanclip_ray.config import ConfigError, RunConfig
-from urbanclip_ray.model.architectures import ARCHITECTURES, open_clip_config
+from urbanclip_ray.model.architectures import open_clip_config
+from urbanclip_ray.model.texts import shown_texts
 from urbanclip_ray.model.tokenize import TextTokenizer, open_clip_tokenizer, tokenizer_files, train_bpe
 from urbanclip_ray.storage import Dataset, Publication, join, list_files, resolve
 from urbanclip_ray.train.loop import TrainSpec, train_rank
 
-WORKER_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}  # the patch prints every line twice
+WORKER_ENVIRONMENT = {
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # the patch prints every line twice
+    "PYTHONWARNINGS": "ignore::FutureWarning",  # DeepSpeed's own calls of collectives that torch renames
+}
 CPU_ENVIRONMENT = {"DS_ACCELERATOR": "cpu"}  # DeepSpeed else warns of the CUDA that torch was built for
 
 
@@ -25,7 +30,10 @@ def pretrain(config: RunConfig, shards: Dataset, publication: Publication) -> No
     parts = shards.manifest.facts["parts"]
     if not parts["train"]:
         raise ConfigError(f"{shards.uri} has no training rows: raise the training share of the split")
-    tokenizer = make_tokenizer(config, shards)
+    texts = training_texts(config, shards)
+    tokenizer = make_tokenizer(config, texts)
+    num_cut = tokenizer.count_cut(texts)
+    print(f"{num_cut} of {len(texts)} training texts are longer than the model's {tokenizer.context_length} tokens and are cut")
     vocab_size = tokenizer.vocab_size if config.model.tokenizer == "bpe" else None
     spec = TrainSpec(
         config=config,
@@ -39,21 +47,22 @@ def pretrain(config: RunConfig, shards: Dataset, publication: Publication) -> No
     dataflow.connect()
     _run_workers(spec, config, publication)
     files = [str(info.base_name) for info in list_files(publication.data_uri)]
-    publication.facts["weights"] = sorted(files)
+    publication.facts |= {"weights": sorted(files), "texts_cut": num_cut}
     publication.count(unit="training rows", rows_in=parts["train"], rows_out=parts["train"], rejects={})
 
 
-def make_tokenizer(config: RunConfig, shards: Dataset) -> TextTokenizer:
+def training_texts(config: RunConfig, shards: Dataset) -> list[str]:
+    """What the training rows can show the model: every sentence, or every whole description."""
+    rows = shards.read(["row_id", "texts"], filters=pc.field("part") == "train").sort_by("row_id")["texts"].to_pylist()
+    return [text for texts in rows for text in shown_texts(texts, config.train.text_mode)]
+
+
+def make_tokenizer(config: RunConfig, texts: list[str]) -> TextTokenizer:
     """The run's tokenizer: CLIP's, or a BPE trained on the texts of the training rows alone."""
-    name = config.model.architecture
-    context = ARCHITECTURES[name]["text_cfg"]["context_length"] if name in ARCHITECTURES else None
-    if context is None:
-        context = open_clip_config(config.model, None)["text_cfg"]["context_length"]
+    context_length = open_clip_config(config.model, vocab_size=0)["text_cfg"]["context_length"]
     if config.model.tokenizer == "open_clip":
-        return open_clip_tokenizer(context)
-    rows = shards.read(["row_id", "texts", "part"]).sort_by("row_id").to_pylist()
-    texts = (text for row in rows if row["part"] == "train" for text in row["texts"])
-    return train_bpe(texts, config.model.vocab_size, context)
+        return open_clip_tokenizer(context_length)
+    return train_bpe(texts, config.model.vocab_size, context_length)
 
 
 def _run_workers(spec: TrainSpec, config: RunConfig, publication: Publication) -> None:

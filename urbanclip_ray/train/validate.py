@@ -12,6 +12,7 @@ from torch import Tensor
 from urbanclip_ray.config import TrainConfig
 from urbanclip_ray.model.losses import contrastive_loss
 from urbanclip_ray.model.recall import recall_at_k
+from urbanclip_ray.model.texts import shown_texts
 from urbanclip_ray.model.tokenize import TextTokenizer
 from urbanclip_ray.train.batches import BatchMaker
 from urbanclip_ray.train.shards import ShardReader
@@ -24,7 +25,7 @@ def validate(
     """Called by all ranks, each takes its share of the rows; every rank returns the same figures.
 
     The contrastive loss is over chunks of `contrastive_batch_size` pairs: not to be compared between batch sizes.
-    Recall is over all sentences of the validation rows: not to be compared between numbers of rows.
+    Recall is over all texts of the validation rows: not to be compared between numbers of rows.
     """
     engine.eval()
     num_rows = min(reader.num_rows, config.max_validation_rows)
@@ -36,8 +37,9 @@ def validate(
         rows = list(reader.rows(chosen))
         batch = maker.validation(rows)
         output = engine(batch.images.to(engine.device), batch.tokens.to(engine.device))
-        texts = [text for row in rows for text in row["texts"]]
-        owner = [int(place) for place, row in zip(chosen, rows, strict=True) for _ in row["texts"]]
+        shown = [shown_texts(row["texts"], config.text_mode) for row in rows]
+        texts = [text for of_tile in shown for text in of_tile]
+        owner = [int(place) for place, of_tile in zip(chosen, shown, strict=True) for _ in of_tile]
         mine["image"].append(output.image.cpu())
         mine["text"].append(output.text.cpu())
         mine["key"].append(batch.text_keys)

@@ -1,0 +1,40 @@
+# Everything runs inside .venv, which `make venv` builds from pyproject.toml and constraints.txt.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help venv demo test test-all lint clean
+
+help:
+	@echo "make demo      install, then run the whole walk on real imagery; writes runs/demo/report/report.html"
+	@echo "make test      install, then run the tests (without those marked slow)"
+	@echo "make test-all  every test"
+	@echo "make lint      formatting, lint and strict types"
+	@echo "make venv      install only"
+	@echo "make clean     remove .venv and caches; runs/ stays"
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or say make PYTHON=python3 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[demo,test]"
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python jobs/pipeline.py --recipe world_demo --storage runs
+
+test: $(STAMP) lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP) lint
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

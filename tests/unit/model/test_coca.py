@@ -1,0 +1,164 @@
+"""Our forward with trimmed text is open_clip's own at full length: embeddings, caption loss and gradients."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from urbanclip_ray.config import ModelConfig
+from urbanclip_ray.model.architectures import open_clip_config
+from urbanclip_ray.model.coca import CoCa, build_model
+from urbanclip_ray.model.tokenize import PAD_ID
+
+VOCAB_SIZE = 400
+
+
+def shrunken_b32():
+    """open_clip's coca_ViT-B-32 with its attentional pooling, queries and 76 places, only narrower and shallower."""
+    config = open_clip_config(ModelConfig(architecture="coca_ViT-B-32", tokenizer="open_clip"), VOCAB_SIZE)
+    config["embed_dim"] = 32
+    config["vision_cfg"] |= {"image_size": 64, "layers": 2, "width": 64, "attn_pooler_heads": 2}
+    config["text_cfg"] |= {"width": 32, "heads": 2, "layers": 2}
+    config["multimodal_cfg"] |= {"width": 32, "heads": 2, "layers": 2, "attn_pooler_heads": 2}
+    return config
+
+
+CONFIGS = {
+    "coca_test_16": open_clip_config(ModelConfig(architecture="coca_test_16"), VOCAB_SIZE),
+    "coca_ViT-B-32": shrunken_b32(),
+}
+
+
+@pytest.fixture(params=list(CONFIGS))
+def model(request) -> CoCa:
+    """In evaluation mode, with weights far from their small initial values, so that places and masks matter."""
+    model = build_model(copy.deepcopy(CONFIGS[request.param]), seed=1).eval()
+    with torch.no_grad():
+        random = torch.Generator().manual_seed(2)
+        for parameter in (model.inner.text.positional_embedding, model.inner.text.cls_emb, model.inner.text.token_embedding.weight):
+            parameter.copy_(torch.randn(parameter.shape, generator=random))
+    return model
+
+
+def make_tokens(lengths: list[int], places: int) -> torch.Tensor:
+    """Rows of start (1), words, end (2) and padding; `lengths` count start and end."""
+    random = torch.Generator().manual_seed(0)
+    tokens = torch.full((len(lengths), places), PAD_ID)
+    for row, length in enumerate(lengths):
+        tokens[row, :length] = torch.randint(4, VOCAB_SIZE, (length,), generator=random)
+        tokens[row, 0], tokens[row, length - 1] = 1, 2
+    return tokens
+
+
+def trim(tokens: torch.Tensor) -> torch.Tensor:
+    longest = int((tokens != PAD_ID).sum(dim=1).max())
+    return tokens[:, : min(longest + 1, tokens.shape[1])]
+
+
+def make_images(model: CoCa, rows: int) -> torch.Tensor:
+    return torch.randn(rows, 3, model.image_px, model.image_px, generator=torch.Generator().manual_seed(3))
+
+
+def lengths_of(model: CoCa, kind: str) -> list[int]:
+    context = model.inner.text.context_length
+    return {"short": [5, 3, 9, 2], "nearly full": [5, context - 1, 9, 2], "full": [context, 4, context, 7]}[kind]
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["short", "nearly full", "full"])
+def test_trimmed_text_gives_open_clips_full_length_results(model, kind):
+    tokens = make_tokens(lengths_of(model, kind), model.inner.text.context_length)
+    images = make_images(model, len(tokens))
+    with torch.no_grad():
+        ours = model(images, trim(tokens))
+        theirs = model.inner(images, tokens)
+    close(ours.text, theirs["text_features"])
+    close(ours.image, theirs["image_features"])
+    close(model.inner.encode_text(tokens), ours.text)
+    assert float(ours.logit_scale) == pytest.approx(float(theirs["logit_scale"]))
+    reference = F.cross_entropy(theirs["logits"].permute(0, 2, 1), theirs["labels"], ignore_index=PAD_ID)
+    close(ours.caption_sum / ours.caption_count, reference)
+    assert int(ours.caption_count) == int((tokens[:, 1:] != PAD_ID).sum())
+
+
+def test_gradients_are_those_of_the_full_length(model):
+    tokens = make_tokens(lengths_of(model, "short"), model.inner.text.context_length)
+    images = make_images(model, len(tokens))
+    weights = torch.randn(2, len(tokens), model.embedding_width, generator=torch.Generator().manual_seed(4))
+
+    def gradients(image, text, caption, scale):
+        model.zero_grad()
+        ((image * weights[0]).sum() + (text * weights[1]).sum() * scale / 10 + caption).backward()
+        return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+
+    ours = model(images, trim(tokens))
+    found = gradients(ours.image, ours.text, ours.caption_sum / ours.caption_count, ours.logit_scale)
+    theirs = model.inner(images, tokens)
+    caption = F.cross_entropy(theirs["logits"].permute(0, 2, 1), theirs["labels"], ignore_index=PAD_ID)
+    reference = gradients(theirs["image_features"], theirs["text_features"], caption, theirs["logit_scale"].squeeze())
+    assert found.keys() == reference.keys()
+    assert len(found) > 30
+    for name, gradient in reference.items():
+        error = (found[name] - gradient).abs().max() / gradient.abs().max().clamp(min=1e-3)
+        assert float(error) < 1e-4, name
+
+
+def test_the_class_token_keeps_the_last_position_and_needs_one_column_of_padding(model):
+    context = model.inner.text.context_length
+    tokens = make_tokens([5, 3], context)
+    with torch.no_grad():
+        kept = model.encode_text(trim(tokens))[0]
+        close(model.encode_text(tokens[:, :10])[0], kept)  # any width from longest + 1 on
+        assert not torch.allclose(model.encode_text(tokens[:, :5])[0], kept, atol=1e-3)  # cut shorter it is not the same
+        model.inner.text.positional_embedding[6:-1] += 1.0  # rows that a trimmed text does not read
+        close(model.encode_text(trim(tokens))[0], kept)
+        model.inner.text.positional_embedding[-1] += torch.randn(model.inner.text.width)
+        assert not torch.allclose(model.encode_text(trim(tokens))[0], kept, atol=1e-3)
+
+
+def test_a_row_does_not_depend_on_the_other_rows_of_its_batch(model):
+    tokens = make_tokens([5, 20, 3], model.inner.text.context_length)
+    images = make_images(model, 3)
+    with torch.no_grad():
+        together = model(images, trim(tokens))
+        alone = [model(images[row : row + 1], trim(tokens[row : row + 1])) for row in range(3)]
+    close(torch.cat([output.text for output in alone]), together.text)
+    close(torch.cat([output.image for output in alone]), together.image)
+    close(sum(output.caption_sum for output in alone), together.caption_sum)
+
+
+def test_images_or_texts_alone_have_no_rows_of_the_other_and_no_caption_loss(model):
+    images, tokens = make_images(model, 2), trim(make_tokens([5, 3], model.inner.text.context_length))
+    with torch.no_grad():
+        pairs, without = model(images, tokens), model(images, tokens, with_caption=False)
+        only_images, only_texts = model(images, None), model(None, tokens)
+    assert torch.equal(only_images.image, pairs.image)
+    assert torch.equal(only_texts.text, pairs.text)
+    assert only_images.text.shape == only_texts.image.shape == (0, model.embedding_width)
+    assert float(pairs.caption_sum) > 0
+    for output in (only_images, only_texts, without):
+        assert float(output.caption_sum) == float(output.caption_count) == 0
+
+
+def test_the_seed_decides_the_weights_and_the_callers_random_state_is_left_alone():
+    config = CONFIGS["coca_test_16"]
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, again, other = build_model(config, seed=7), build_model(config, seed=7), build_model(config, seed=8)
+    assert torch.equal(torch.get_rng_state(), before)
+    states = [model.state_dict() for model in (first, again, other)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not torch.equal(states[0]["inner.text_decoder.text_projection"], states[2]["inner.text_decoder.text_projection"])
+    assert all(torch.isfinite(value).all() for value in first.parameters())  # the decoder's projection is set too
+    assert float(first.inner.text_decoder.text_projection.detach().std()) == pytest.approx(64**-0.5, rel=0.05)
+
+
+def test_the_temperature_starts_where_it_is_asked_to():
+    scale = build_model(CONFIGS["coca_test_16"], 0, init_temperature=0.2).inner.logit_scale
+    assert float(scale.detach().exp()) == pytest.approx(5.0)

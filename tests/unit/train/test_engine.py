@@ -1,0 +1,49 @@
+"""What DeepSpeed is told, and the learning rate. The engine itself runs in tests/distributed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from urbanclip_ray.config import TrainConfig
+from urbanclip_ray.train.engine import deepspeed_config, learning_rate
+
+CONFIG = TrainConfig(
+    micro_batch_size=8, contrastive_batch_size=16, global_batch_size=64, lr=2e-3, warmup_share=0.1, clip_norm=0.5
+)
+
+
+def test_deepspeeds_dict_follows_from_ours():
+    found = deepspeed_config(CONFIG)
+    assert found["train_micro_batch_size_per_gpu"] == 8
+    assert found["gradient_accumulation_steps"] == 4  # contrastive batches of an optimizer step
+    assert found["gradient_clipping"] == 0.5
+    assert found["zero_optimization"]["stage"] == 1
+    assert "optimizer" not in found  # ours is passed in
+    assert "scheduler" not in found
+
+
+@pytest.mark.parametrize(("precision", "autocast"), [("bf16", True), ("fp32", False)])
+def test_bf16_is_autocast_over_fp32_parameters(precision, autocast):
+    found = deepspeed_config(CONFIG.model_copy(update={"precision": precision}))
+    assert found["torch_autocast"] == {"enabled": autocast, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    assert "bf16" not in found
+    assert "fp16" not in found
+
+
+def test_the_learning_rate_warms_up_to_its_peak_and_falls_to_zero_as_a_cosine():
+    rates = [learning_rate(step, 100, CONFIG) for step in range(100)]
+    assert rates[:10] == pytest.approx([2e-4 * (step + 1) for step in range(10)])
+    assert max(rates) == rates[9] == rates[10] == 2e-3
+    assert all(later < earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    assert rates[55] == pytest.approx(1e-3)
+    assert rates[32] == pytest.approx(2e-3 * 0.5 * (1 + math.cos(math.pi * 22 / 90)))
+    assert 0 < rates[99] < 1e-6 * 2
+
+
+@pytest.mark.parametrize(("num_steps", "warmup_share"), [(1, 0.0), (1, 0.9), (2, 0.5), (3, 0.99)])
+def test_the_shortest_runs_have_a_rate_above_zero_in_every_step(num_steps, warmup_share):
+    config = CONFIG.model_copy(update={"warmup_share": warmup_share})
+    rates = [learning_rate(step, num_steps, config) for step in range(num_steps)]
+    assert all(0 < rate <= config.lr for rate in rates)
