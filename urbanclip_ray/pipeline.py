@@ -7,6 +7,7 @@ folder has a manifest".
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -31,6 +32,8 @@ from urbanclip_ray.storage import (
     read_bytes,
     write_bytes,
 )
+
+LOG_WIDTH = 140  # columns of the tables where the output is no terminal
 
 
 class Run:
@@ -272,7 +275,7 @@ def run_stages(config: RunConfig, only: Sequence[str] | None) -> Run:
 
     Stages before the named ones must be complete: MissingDatasetError names the job to run first.
     """
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     run = Run(config)
     summary = Table(title=f"run {config.run}", title_justify="left")
     for name in ("stage", "", "in", "out", "rejected", "dataset"):

@@ -6,6 +6,7 @@ Both standardise features and target by the training rows alone, and look at val
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -33,21 +34,29 @@ class Probe(Protocol):
         ...
 
 
+MAX_DEVIATIONS = 6.0
+
+
 @dataclass(frozen=True)
 class Standardiser:
-    """Mean and standard deviation of the training rows; a constant column keeps its scale."""
+    """Mean and standard deviation of the training rows; a constant column keeps its scale.
+
+    Values are cut off `limit` deviations out. For features that is :data:`MAX_DEVIATIONS`: a column that hardly varies in training otherwise throws a test tile
+    hundreds of deviations out, and one such tile decides R².
+    """
 
     mean: np.ndarray
     scale: np.ndarray
+    limit: float
 
     @classmethod
-    def fit(cls, values: np.ndarray) -> Self:
+    def fit(cls, values: np.ndarray, limit: float = math.inf) -> Self:
         scale = values.std(axis=0)
-        return cls(values.mean(axis=0), np.where(scale > 0, scale, 1.0))
+        return cls(values.mean(axis=0), np.where(scale > 0, scale, 1.0), limit)
 
     def apply(self, values: np.ndarray) -> np.ndarray:
         standardised: np.ndarray = (values.astype(np.float64) - self.mean) / self.scale
-        return standardised
+        return standardised.clip(-self.limit, self.limit)
 
     def invert(self, values: np.ndarray) -> np.ndarray:
         restored: np.ndarray = values * self.scale + self.mean

@@ -93,9 +93,16 @@ def _read(uri: str) -> Checkpoint:
     try:
         commit = json.loads(read_bytes(join(uri, COMMIT)))
         entries = {str(name): (int(size), str(checksum)) for name, (size, checksum) in commit["files"].items()}
-        found = Checkpoint(uri, int(commit["step"]), int(commit["num_ranks"]), commit["history"], {})
-    except (ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"{uri}/{COMMIT} is damaged ({error})") from None
+        history = {kind: list(commit["history"][kind]) for kind in ("train", "validation")}
+        found = Checkpoint(uri, int(commit["step"]), int(commit["num_ranks"]), history, {})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StorageError(f"{uri}/{COMMIT} is damaged ({type(error).__name__}: {error})") from None
+    ranks = [f"rank-{rank:05d}" for rank in range(len(entries) // 2)]
+    names = {f"{rank}.{ending}" for rank in ranks for ending in ("json", "safetensors")}
+    if not names or set(entries) != names or found.num_ranks != len(ranks):
+        raise StorageError(f"{uri}/{COMMIT} is damaged: it does not name the files of its {found.num_ranks} ranks")
+    if not uri.endswith(f"/step-{found.step:08d}"):
+        raise StorageError(f"{uri}/{COMMIT} is damaged: it is of step {found.step}")
     for name, (size, checksum) in entries.items():
         data = read_bytes(join(uri, name))
         if len(data) != size or _sha256(data) != checksum:

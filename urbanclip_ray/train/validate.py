@@ -76,6 +76,6 @@ def _summarise(shares: list[Any], scale: Tensor, config: TrainConfig) -> dict[st
         "contrastive": sum(losses) / len(image),
         "caption": caption_sum / max(1, caption_count),
         **{f"{direction}_{k}": value for direction, values in recall.items() for k, value in values.items()},
-        "num_images": float(len(image)),
-        "num_texts": float(sum(len(share["owner"]) for share in shares)),
+        "num_images": len(image),
+        "num_texts": sum(len(share["owner"]) for share in shares),
     }
