@@ -41,8 +41,8 @@ MAX_DEVIATIONS = 6.0
 class Standardiser:
     """Mean and standard deviation of the training rows; a constant column keeps its scale.
 
-    Values are cut off `limit` deviations out. For features that is :data:`MAX_DEVIATIONS`: a column that hardly varies in training otherwise throws a test tile
-    hundreds of deviations out, and one such tile decides R².
+    Values are cut off `limit` deviations out, which is :data:`MAX_DEVIATIONS` for features: a column that hardly varies in
+    training otherwise throws a test tile hundreds of deviations out, and one such tile decides R².
     """
 
     mean: np.ndarray
@@ -94,7 +94,7 @@ class RidgeProbe:
         self, train_x: np.ndarray, train_y: np.ndarray, val_x: np.ndarray, val_y: np.ndarray, test_x: np.ndarray
     ) -> tuple[float, np.ndarray]:
         """The chosen penalty and the predictions [num_test]."""
-        of_x = Standardiser.fit(train_x.astype(np.float64))
+        of_x = Standardiser.fit(train_x.astype(np.float64), MAX_DEVIATIONS)
         of_y = Standardiser.fit(train_y)
         x, y = of_x.apply(train_x), of_y.apply(train_y)
         eigenvalues, directions = np.linalg.eigh(x.T @ x)
@@ -133,7 +133,7 @@ class MlpProbe:
         """See :class:`Probe`. The same seed gives the same predictions; raises when no epoch has a finite error."""
         import torch
 
-        of_x, of_y = Standardiser.fit(train_x.astype(np.float64)), Standardiser.fit(train_y)
+        of_x, of_y = Standardiser.fit(train_x.astype(np.float64), MAX_DEVIATIONS), Standardiser.fit(train_y)
 
         def rows(x: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(of_x.apply(x).astype(np.float32))
