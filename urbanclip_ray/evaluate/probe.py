@@ -18,6 +18,7 @@ import ray
 from rich.console import Console
 from rich.progress import Progress
 
+from urbanclip_ray import dataflow
 from urbanclip_ray.config import Method, PixelsConfig, ProbeConfig
 from urbanclip_ray.errors import UserError
 from urbanclip_ray.evaluate.baselines import MeanProbe, NeighboursProbe, colour_table, unit_vectors
@@ -85,6 +86,7 @@ def probe(
     if not len(tile_ids):
         raise ProbeError(f"{splits.uri} has no tiles: make the splits again")
     raw = _read_indicators(labels, tile_ids, config)
+    dataflow.connect()
     features, skipped = _features(tiles, embeddings, tile_ids, config, pixels)
     inputs = Inputs(
         features=features,

@@ -18,7 +18,9 @@ class Curves:
     Events are written to a local folder and copied up, so that object storage works like a disk.
     """
 
-    def __init__(self, tensorboard_uri: str | None, history: dict[str, list[dict[str, float]]] | None) -> None:
+    def __init__(
+        self, tensorboard_uri: str | None, history: dict[str, list[dict[str, float]]] | None, first_step: int = 0
+    ) -> None:
         self.history: dict[str, list[dict[str, float]]] = history or {"train": [], "validation": []}
         self._uri = tensorboard_uri
         self._writer: Any = None
@@ -26,7 +28,7 @@ class Curves:
             from torch.utils.tensorboard import SummaryWriter
 
             self._folder = tempfile.TemporaryDirectory(prefix="urbanclip_ray_events_")
-            self._writer = SummaryWriter(self._folder.name)
+            self._writer = SummaryWriter(self._folder.name, purge_step=first_step + 1)  # a resumed run rewrites later steps
 
     def train(self, record: dict[str, float]) -> None:
         self._add("train", record)

@@ -9,11 +9,12 @@ from ray.train.torch import TorchTrainer
 
 from urbanclip_ray import dataflow
 from urbanclip_ray.config import ConfigError, RunConfig
+from urbanclip_ray.errors import UserError
 from urbanclip_ray.model.architectures import open_clip_config
 from urbanclip_ray.model.texts import shown_texts
 from urbanclip_ray.model.tokenize import TextTokenizer, open_clip_tokenizer, tokenizer_files, train_bpe
-from urbanclip_ray.storage import Dataset, Publication, join, list_files, resolve
-from urbanclip_ray.train.loop import TrainSpec, train_rank
+from urbanclip_ray.storage import Dataset, Publication, delete_folder, join, list_files, resolve
+from urbanclip_ray.train.loop import TrainError, TrainSpec, train_rank
 
 WORKER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # the patch prints every line twice
@@ -66,6 +67,7 @@ def make_tokenizer(config: RunConfig, texts: list[str]) -> TextTokenizer:
 
 
 def _run_workers(spec: TrainSpec, config: RunConfig, publication: Publication) -> None:
+    state_uri = join(publication.uri, "ray_train", publication.attempt)
     filesystem, path = resolve(join(publication.uri, "ray_train"))
     resources = config.resources
     trainer = TorchTrainer(
@@ -85,4 +87,11 @@ def _run_workers(spec: TrainSpec, config: RunConfig, publication: Publication) -
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    except ray.train.WorkerGroupError as failure:
+        for reason in failure.worker_failures.values():
+            if isinstance(reason, UserError):
+                raise TrainError(str(reason)) from failure
+        raise
+    delete_folder(state_uri)  # Ray's own state of a finished run; our checkpoints lie elsewhere

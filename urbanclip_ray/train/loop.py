@@ -67,7 +67,7 @@ def train_rank(spec: TrainSpec) -> None:
     if checkpoint is not None:
         restore_rank(engine, checkpoint)
     first_step = checkpoint.step if checkpoint else 0
-    curves = Curves(spec.tensorboard_uri if rank == 0 else None, checkpoint.history if checkpoint else None)
+    curves = Curves(spec.tensorboard_uri if rank == 0 else None, checkpoint.history if checkpoint else None, first_step)
     maker = BatchMaker(config, spec.config.pixels, tokenizer, model.image_px)
     steps = train_steps(reader, maker, config, rank, num_ranks, first_step)
     validate_at = {math.ceil(num_steps * (part + 1) / config.validations) for part in range(config.validations)}
