@@ -1,0 +1,32 @@
+"""The captioner `given` looks the source's own captions up."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from urbanclip_ray.captioners.base import Tile
+from urbanclip_ray.captioners.given import GivenCaptioner
+from urbanclip_ray.config import PixelsConfig
+
+CAPTIONS = pa.table({"tile_id": ["a", "b", "a", "c", "a"], "text": ["first of a", "of b", "second of a", None, "first of a"]})
+
+
+def tiles(*tile_ids):
+    return [Tile(tile_id, b"never decoded", PixelsConfig()) for tile_id in tile_ids]
+
+
+def test_captions_keep_the_order_of_the_source_and_repeats():
+    described = GivenCaptioner(CAPTIONS).describe(tiles("b", "a"))
+    assert described == [["of b"], ["first of a", "second of a", "first of a"]]
+
+
+def test_a_null_is_an_empty_text_that_refinement_will_count():
+    assert GivenCaptioner(CAPTIONS).describe(tiles("c")) == [[""]]
+
+
+def test_a_tile_without_caption_gets_an_error_and_its_neighbours_do_not():
+    before, error, after = GivenCaptioner(CAPTIONS).describe(tiles("a", "z", "b"))
+    assert isinstance(error, LookupError)
+    assert str(error) == "the source gives no caption"
+    assert before[0] == "first of a"
+    assert after == ["of b"]

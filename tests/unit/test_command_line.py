@@ -1,0 +1,75 @@
+"""What all jobs share: options, help, and errors in one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from urbanclip_ray import pipeline
+from urbanclip_ray.command_line import build_parser, run_job
+from urbanclip_ray.config import RunConfig
+from urbanclip_ray.recipes import RECIPES, load_recipe
+from urbanclip_ray.storage import StorageError
+
+
+def run(monkeypatch, *arguments: str, stages=("tiles",)) -> None:
+    monkeypatch.setattr(sys, "argv", ["job.py", *arguments])
+    run_job("A job.", ["train"], list(stages))
+
+
+def test_help_lists_recipes_and_the_keys_of_its_sections():
+    text = build_parser("A job.", ["train", "pixels"]).format_help()
+    for name in RECIPES:
+        assert f"\n  {name} " in text
+    for key in RunConfig().train.model_dump():
+        assert f"\n  train.{key}=" in text
+    assert "pixels.crop_left_px=0" in text
+    assert "probe." not in text
+
+
+def test_the_stages_are_run_with_the_config_asked_for(monkeypatch):
+    seen = []
+    monkeypatch.setattr(pipeline, "run_stages", lambda config, stages: seen.append((config, stages)))
+    run(monkeypatch, "--recipe", "tiny_test", "--set", "train.lr=2", "--set", "run=other", "--storage", "s3://b/p")
+    ((config, stages),) = seen
+    assert (config.train.lr, config.run, config.storage, stages) == (2.0, "other", "s3://b/p", ["tiles"])
+    assert config.probe == load_recipe("tiny_test").probe
+
+
+def test_show_config_prints_what_holds_and_runs_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(pipeline, "run_stages", lambda config, stages: pytest.fail("must not run"))
+    run(monkeypatch, "--recipe", "world_demo", "--set", "train.lr=2", "--show-config")
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["train"]["lr"] == 2
+    assert shown["source"]["kind"] == "world"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (StorageError("s3://b/x: fix it"), "error: s3://b/x: fix it"),
+        (FileNotFoundError(2, "No such file or directory", "/data/tiles.csv"), "error: /data/tiles.csv: No such file"),
+        (OSError(28, "/disk/run: the disk is full: free space"), "error: /disk/run: the disk is full: free space"),
+        (OSError("plain words"), "error: plain words"),
+    ],
+)
+def test_errors_that_a_user_can_mend_are_one_line(monkeypatch, error, message):
+    def fail(config, stages):
+        raise error
+
+    monkeypatch.setattr(pipeline, "run_stages", fail)
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, "--recipe", "tiny_test")
+    assert str(caught.value.code).startswith(message)
+    assert "\n" not in caught.value.code
+
+
+def test_mistakes_of_ours_keep_their_traceback(monkeypatch):
+    def fail(config, stages):
+        raise AssertionError("rows do not add up")
+
+    monkeypatch.setattr(pipeline, "run_stages", fail)
+    with pytest.raises(AssertionError):
+        run(monkeypatch, "--recipe", "tiny_test")

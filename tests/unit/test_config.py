@@ -1,0 +1,209 @@
+"""The config tree: what is refused, in which words, and what takes part in digests."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from urbanclip_ray.config import (
+    CaptionConfig,
+    ConfigError,
+    EmbedConfig,
+    FolderSource,
+    IngestConfig,
+    ResourcesConfig,
+    RsicdSource,
+    RunConfig,
+    TrainConfig,
+    WorldSource,
+    apply_overrides,
+    build_config,
+)
+
+DEFAULT = RunConfig()
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        apply_overrides(DEFAULT, list(overrides))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 400, "the message is for a person, not a dump of the section"
+    return message
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("trian.lr=1", ["'trian.lr'", "did you mean 'train'?"]),
+        ("train.lrr=1", ["'train.lrr'", "train has no 'lrr'", "did you mean 'lr'?"]),
+        ("train.epoch=1", ["did you mean 'epochs'?"]),
+        ("train.augment.flip=false", ["train.augment has no 'flip'", "did you mean 'flips'?"]),
+        ("split.zzz=1", ["it has also, block_km,"]),  # nothing is close: everything there is
+        ("train.lr.value=1", ["'train.lr.value'", "train.lr is a value, not a section"]),
+        ("source.tile_px=54", ["source has no 'tile_px'"]),  # of another kind of source
+        ('model={"vocab": 300}', ["'model.vocab'", "remove it or correct its spelling"]),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(override, parts):
+    message = refusal(override)
+    assert message.startswith("unknown key")
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "got"),
+    [
+        ("train.lr=fast", "train.lr", "'fast'"),
+        ("train.lr=NaN", "train.lr", "nan"),
+        ("train.lr=0", "train.lr", "0"),
+        ("train.epochs=2.5", "train.epochs", "2.5"),
+        ("train.zero_stage=2", "train.zero_stage", "2"),
+        ("train.augment.min_area_share=0", "train.augment.min_area_share", "0"),
+        ("caption.captioner=gpt", "caption.captioner", "'gpt'"),
+        ("split.also=[blocks, everywhere]", "split.also.1", "'everywhere'"),
+        ("source.kind=ftp", "source.kind", "'ftp'"),
+        ("source.kind=[a]", "source.kind", "['a']"),
+        ("run=../other", "run", "'../other'"),
+        ("run=true", "run", "True"),
+        ("resources.num_workers=0", "resources.num_workers", "0"),
+        ("caption.tiles_per_batch=0", "caption.tiles_per_batch", "0"),
+        ("train.checkpoint_every_steps=0", "train.checkpoint_every_steps", "0"),
+        ("embed.gpus_per_actor=-1", "embed.gpus_per_actor", "-1"),
+    ],
+)
+def test_a_bad_value_names_its_key_and_itself(override, key, got):
+    message = refusal(override)
+    assert message.startswith(f"{key}: ")
+    assert got in message
+
+
+def test_every_problem_has_its_line():
+    with pytest.raises(ConfigError) as caught:
+        build_config({"train": {"lr": -1, "epochs": 0}, "nonsense": 1})
+    lines = str(caught.value).splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["train.epochs", "train.lr", "unknown key 'nonsense'"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "start", "fix"),
+    [
+        (["train.global_batch_size=300"], "train.global_batch_size=300 is not a multiple of", "a multiple of it"),
+        (["train.micro_batch_size=64"], "train.contrastive_batch_size=256 is above", "set train.contrastive_batch_size=128"),
+        (["train.micro_batch_size=256"], "train.contrastive_batch_size=256 is below", "set train.micro_batch_size=128 or"),
+        (["resources.num_workers=3"], "train.contrastive_batch_size=256 is below", "set train.contrastive_batch_size=384"),
+    ],
+)
+def test_batch_sizes_that_do_not_fit_each_other_are_refused_with_the_fix(overrides, start, fix):
+    message = refusal(*overrides)
+    assert message.startswith(start)
+    assert fix in message
+
+
+def test_the_fixes_named_for_batch_sizes_are_accepted():
+    for overrides in (
+        ["train.micro_batch_size=64", "train.contrastive_batch_size=128"],
+        ["train.micro_batch_size=256", "train.micro_batch_size=128"],
+        ["resources.num_workers=3", "train.contrastive_batch_size=384", "train.global_batch_size=768"],
+        ["train.global_batch_size=1024"],  # four contrastive batches a step
+    ):
+        apply_overrides(DEFAULT, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["refine.min_words=61"], "refine.min_words is above refine.max_words"),
+        (["split.test_share=0.8"], "split.test_share + split.val_share leave nothing to train on"),
+        (["train.contrastive_weight=0", "train.caption_weight=0"], "train.contrastive_weight and train.caption_weight"),
+    ],
+)
+def test_values_that_contradict_each_other_are_named_without_the_rest_of_the_section(overrides, message):
+    assert refusal(*overrides).startswith(message)
+
+
+def test_overrides_are_read_as_numbers_lists_and_text():
+    config = apply_overrides(
+        DEFAULT,
+        [
+            "train.lr=1e-4",
+            "train.augment.flips=false",
+            "split.also=[random, group]",
+            'probe.indicators=["carbon", "gdp"]',
+            "probe.ridge_alphas=[1, 2.5]",
+            "source.uri=s3://bucket/tiles=2024",  # only the first = divides
+            "run=2024",
+        ],
+    )
+    assert config.train.lr == 1e-4
+    assert config.train.augment.flips is False
+    assert config.split.also == ("random", "group")
+    assert config.probe.indicators == ("carbon", "gdp")
+    assert config.probe.ridge_alphas == (1.0, 2.5)
+    assert isinstance(config.source, FolderSource)
+    assert config.source.uri == "s3://bucket/tiles=2024"
+    assert config.run == "2024"
+    assert config.pack == DEFAULT.pack
+
+
+def test_the_last_override_of_a_key_holds_and_the_config_given_stays_as_it_was():
+    config = apply_overrides(DEFAULT, ["train.lr=1", "train.lr=2"])
+    assert config.train.lr == 2
+    assert DEFAULT.train.lr == 1e-3
+
+
+def test_another_kind_of_source_starts_from_its_own_defaults():
+    config = apply_overrides(DEFAULT, ["source.uri=old", "source.kind=rsicd", "source.captions_file=c.json"])
+    assert config.source == RsicdSource(captions_file="c.json")  # the uri of the folder is not carried over
+    assert apply_overrides(config, ["source.kind=world", "source.tile_px=60"]).source == WorldSource(tile_px=60)
+    assert "did you mean 'captions_file'" in refusal("source.kind=rsicd", "source.caption_file=c.json")
+
+
+@pytest.mark.parametrize("item", ["train.lr", "=3", ""])
+def test_an_override_without_key_or_value_shows_how_to_write_it(item):
+    assert "write it as key=value, for example train.lr=1e-4" in refusal(item)
+
+
+def test_an_unfinished_list_names_its_key():
+    assert refusal("split.also=[random") == "split.also: '[random' is not a list: write [a, b]"
+
+
+def test_configs_are_frozen_and_unknown_fields_are_refused_on_construction():
+    with pytest.raises(ValidationError, match="frozen"):
+        DEFAULT.train.lr = 1.0
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        TrainConfig(learning_rate=1.0)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        (IngestConfig(), IngestConfig(tiles_per_batch=7)),
+        (CaptionConfig(), CaptionConfig(num_actors=9, tiles_per_batch=1)),
+        (TrainConfig(), TrainConfig(checkpoint_every_steps=1, keep_checkpoints=9, max_failures=0)),
+        (EmbedConfig(), EmbedConfig(num_actors=5, gpus_per_actor=0.5, tiles_per_batch=1)),
+        (ResourcesConfig(), ResourcesConfig(num_workers=7, cpus_per_worker=3, use_gpu=True)),
+    ],
+    ids=lambda pair: type(pair[0]).__name__,
+)
+def test_how_the_work_is_done_is_not_part_of_what_is_made(section):
+    default, changed = section
+    assert default != changed
+    assert default.content() == changed.content()
+
+
+def test_what_is_made_is_part_of_the_content():
+    content = TrainConfig().content()
+    assert content != TrainConfig(lr=1e-4).content()
+    assert content != TrainConfig(augment={"flips": False}).content()
+    assert set(TrainConfig.model_fields) - set(content) == {
+        "zero_stage",
+        "checkpoint_every_steps",
+        "keep_checkpoints",
+        "max_failures",
+    }
+    assert ResourcesConfig().content() == {}
+    assert json.loads(json.dumps(content)) == content  # JSON-ready: no tuples, no objects

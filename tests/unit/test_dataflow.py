@@ -1,0 +1,50 @@
+"""Between finished datasets and Ray Data, on a real Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import ray.data
+
+from urbanclip_ray import dataflow
+from urbanclip_ray.storage import open_dataset, publish
+
+SCHEMA = pa.schema([pa.field("a", pa.int32()), pa.field("b", pa.string())])
+
+
+def test_a_batch_takes_the_order_and_the_types_of_the_schema():
+    table = dataflow.conform({"b": ["x"], "a": [1]}, SCHEMA)
+    assert table.schema == SCHEMA
+
+
+@pytest.mark.parametrize("columns", [{"a": [1]}, {"a": [1], "b": ["x"], "c": [1]}, {}])
+def test_a_missing_or_an_extra_column_is_a_mistake(columns):
+    with pytest.raises(AssertionError, match="are not those of the schema"):
+        dataflow.conform(columns, SCHEMA)
+
+
+def test_rows_keep_their_order_through_read_map_and_write(tmp_path, ray_cluster):
+    dataflow.connect()
+    with publish(str(tmp_path / "a"), "made", {}, {}) as publication:
+        for number in range(3):
+            publication.write_table(pa.table({"x": list(range(number * 4, number * 4 + 4))}), f"part-{number}.parquet")
+    first = open_dataset(str(tmp_path / "a"))
+    (Path(first.parquet_paths()[0]).parent / "leftover.parquet").write_bytes(b"of another writer")
+
+    def double(table: pa.Table) -> pa.Table:
+        return pa.table({"y": [2 * x for x in table["x"].to_pylist()]})
+
+    with publish(str(tmp_path / "b"), "made", {}, {"a": first}) as publication:
+        dataflow.write(dataflow.map_tables(dataflow.read(first, ["x"]), double, batch_size=3), publication)
+        assert publication.read(["y"])["y"].to_pylist() == [2 * x for x in range(12)]
+    assert open_dataset(str(tmp_path / "b")).read()["y"].to_pylist() == [2 * x for x in range(12)]
+
+
+def test_connecting_twice_stays_in_the_same_ray(ray_cluster):
+    before = ray.get_runtime_context().get_node_id()
+    dataflow.connect()
+    dataflow.connect()
+    assert ray.get_runtime_context().get_node_id() == before
+    assert ray.data.DataContext.get_current().execution_options.preserve_order

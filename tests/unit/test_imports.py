@@ -1,0 +1,139 @@
+"""Who may import what: light modules stay light, and packages keep to their side."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import urbanclip_ray
+
+PACKAGE = Path(urbanclip_ray.__file__).parent
+ROOT = PACKAGE.parent
+LIGHT = ["", ".errors", ".config", ".recipes", ".schema", ".storage", ".command_line", ".imagery", ".sources"]
+HEAVY = ("torch", "ray", "deepspeed", "open_clip", "transformers")
+USES_RAY = {
+    "urbanclip_ray.dataflow",
+    "urbanclip_ray.sources.ingest",
+    "urbanclip_ray.captioners.caption",
+    "urbanclip_ray.captioners.refine",
+    "urbanclip_ray.train.pack",
+    "urbanclip_ray.train.launch",
+    "urbanclip_ray.evaluate.embed",
+    "urbanclip_ray.evaluate.probe",
+    "urbanclip_ray.evaluate.retrieval",
+    "urbanclip_ray.evaluate.baselines",
+}
+USES_DEEPSPEED = {"urbanclip_ray.train.engine", "urbanclip_ray.train.checkpoint"}
+
+
+class Import(NamedTuple):
+    module: str  # who
+    name: str  # imports what
+    lazy: bool  # inside a function
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(path: Path) -> list[Import]:
+    tree = ast.parse(path.read_text())
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    inside = {id(node) for outer in ast.walk(tree) if isinstance(outer, functions) for node in ast.walk(outer)}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are written in full"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found += [Import(module_name(path), name, id(node) in inside) for name in names]
+    return found
+
+
+ALL = [item for path in sorted(PACKAGE.rglob("*.py")) for item in imports_of(path)]
+
+
+def importers(prefix: str) -> set[str]:
+    return {item.module for item in ALL if is_below(item.name, prefix)}
+
+
+def is_below(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def test_light_modules_import_neither_torch_nor_ray():
+    code = f"""
+import importlib, sys
+for name in {LIGHT!r}:
+    importlib.import_module("urbanclip_ray" + name)
+    heavy = [heavy for heavy in {HEAVY!r} if heavy in sys.modules]
+    assert not heavy, f"urbanclip_ray{{name}} imports {{heavy}}"
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
+def test_public_names_are_found_where_they_are_said_to_be():
+    code = "import urbanclip_ray as u; assert u.RunConfig().run == 'run' and u.load_recipe('tiny_test')"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    for name, place in urbanclip_ray._PLACES.items():
+        path = PACKAGE / (place.replace(".", "/") + ".py")
+        path = path if path.exists() else PACKAGE / place.replace(".", "/") / "__init__.py"
+        defined = {node.name for node in ast.parse(path.read_text()).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        assert name in defined, f"{name} is not in {path}"
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = urbanclip_ray.nonsense
+
+
+@pytest.mark.parametrize(
+    ("package", "others"),
+    [
+        ("sources", ["model", "captioners", "train", "evaluate"]),
+        ("model", ["sources", "captioners", "train", "evaluate", "dataflow"]),
+        ("captioners", ["model", "sources", "train", "evaluate"]),
+    ],
+)
+def test_packages_keep_to_their_side(package, others):
+    mine = [item for item in ALL if is_below(item.module, f"urbanclip_ray.{package}")]
+    assert mine
+    for other in others:
+        assert [item for item in mine if is_below(item.name, f"urbanclip_ray.{other}")] == []
+
+
+def test_nothing_below_reaches_up():
+    order = ["errors", "schema", "config", "storage"]
+    for place, lower in enumerate(order):
+        allowed = order[:place]
+        for item in ALL:
+            if item.module == f"urbanclip_ray.{lower}" and is_below(item.name, "urbanclip_ray"):
+                assert item.name.split(".")[1] in allowed, item
+
+
+def test_ray_is_used_only_where_work_is_distributed():
+    assert importers("ray") == USES_RAY
+    assert importers("urbanclip_ray.dataflow") <= USES_RAY
+
+
+def test_deepspeed_is_used_only_by_the_engine_and_its_checkpoints():
+    found = importers("deepspeed")
+    assert found
+    assert found <= USES_DEEPSPEED
+
+
+def test_only_the_command_line_runs_the_pipeline_and_imports_it_late():
+    found = [item for item in ALL if is_below(item.name, "urbanclip_ray.pipeline")]
+    assert [(item.module, item.lazy) for item in found] == [("urbanclip_ray.command_line", True)]
+    assert not [item for item in ALL if item.module == "urbanclip_ray" and is_below(item.name, "urbanclip_ray")]
+
+
+def test_jobs_know_nothing_but_the_command_line():
+    for path in sorted((ROOT / "jobs").glob("*.py")):
+        assert {item.name for item in imports_of(path)} == {"urbanclip_ray.command_line.run_job"}

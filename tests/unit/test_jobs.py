@@ -1,0 +1,83 @@
+"""The files of jobs/: short, quick to help, and without tracebacks for what a user can mend."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from urbanclip_ray import pipeline
+from urbanclip_ray.config import RunConfig
+from urbanclip_ray.recipes import RECIPES
+
+ROOT = Path(__file__).parents[2]
+JOBS = sorted((ROOT / "jobs").glob("*.py"))
+HELP_LIMIT_S = 1.5
+MAX_LINES = 60
+
+
+def start(job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "jobs" / job), *arguments], capture_output=True, text=True, timeout=60, env=environment
+    )
+
+
+def test_help_is_quick_and_shows_recipes_and_keys():
+    times_s = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        result = start("pretrain.py", "--help")
+        times_s.append(time.perf_counter() - begin)
+        assert result.returncode == 0
+    for word in (*RECIPES, "train.lr=0.001", "train.micro_batch_size=", "resources.num_workers=2", "example: python jobs/"):
+        assert word in result.stdout
+    assert min(times_s) < HELP_LIMIT_S  # the best of three: a busy machine is no slower program
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.stem)
+def test_a_job_is_short(job):
+    assert len(job.read_text().splitlines()) <= MAX_LINES
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.stem)
+def test_a_job_names_sections_and_stages_that_there_are(job):
+    calls = []
+    source = compile(job.read_text(), str(job), "exec")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("urbanclip_ray.command_line.run_job", lambda *given, **named: calls.append((given, named)))
+        exec(source, {"__name__": "__main__"})
+    ((given, named),) = calls
+    assert f"python jobs/{job.name} --recipe" in given[0]
+    assert set(named["sections"]) <= set(RunConfig.model_fields)
+    known = {stage.name: stage.job for stage in pipeline.STAGES} | {"report": "report"}
+    for stage in named["stages"] or []:
+        assert known[stage] == job.stem  # the job that MissingDatasetError would send a user to
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "moon"], "error: --recipe 'moon' is not known; choose one of"),
+        (["--recipe", "tiny_test", "--set", "train.lrr=1"], "error: unknown key 'train.lrr': train has no 'lrr'; did you mean"),
+        (["--recipe", "tiny_test", "--set", "train.lr=x"], "error: train.lr: Input should be a valid number"),
+        (["--recipe", "tiny_test", "--set", "train.global_batch_size=17"], "error: train.global_batch_size=17 is not a"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_no_traceback(arguments, message):
+    result = start("pretrain.py", *arguments)
+    assert result.returncode != 0
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(message)
+
+
+def test_show_config_prints_json():
+    result = start("pipeline.py", "--recipe", "tiny_test", "--set", "source.uri=tiles", "--show-config")
+    assert result.returncode == 0
+    assert json.loads(result.stdout)["source"]["uri"] == "tiles"

@@ -1,0 +1,139 @@
+"""Packing on a real Ray: what is held out stays out, and the order is a function of the seed."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from urbanclip_ray.config import ConfigError, PackConfig
+from urbanclip_ray.schema import PAIRS, SHARDS, SPLITS, TILES
+from urbanclip_ray.storage import open_dataset, publish
+from urbanclip_ray.train.pack import _number_rows, outer_parts, pack_shards
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+NUM_TILES = 20
+UNREADABLE, WITHOUT_TEXT, WITHOUT_PLACE = 19, 7, 6
+IDS = [f"r/{index:02d}" for index in range(NUM_TILES)]
+PARTS = ["test" if index % 5 == 0 else "val" if index % 5 == 1 else "train" for index in range(NUM_TILES)]
+
+
+def png(seed):
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def store(uri, stage, rows, schema, rejects=None):
+    num_rejected = sum((rejects or {}).values())
+    table = pa.Table.from_pylist(rows, schema=schema)
+    with publish(str(uri), stage, {}, {}) as publication:
+        half = table.num_rows // 2
+        publication.write_table(table.slice(0, half), "part-0.parquet")
+        publication.write_table(table.slice(half), "part-1.parquet")
+        publication.count(unit=stage, rows_in=len(rows), rows_out=len(rows) - num_rejected, rejects=rejects or {})
+    return open_dataset(str(uri))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """20 tiles; one unreadable, one without an accepted sentence, one without a place in the split."""
+    root = tmp_path_factory.mktemp("inputs")
+    tiles = [{"tile_id": tile_id, "region": "r", "scheme": "none", "image": png(n)} for n, tile_id in enumerate(IDS)]
+    tiles[UNREADABLE] |= {"image": None, "error": "zero bytes"}
+    pairs = [
+        {"tile_id": tile_id, "texts": [] if n == WITHOUT_TEXT else [f"Text of {tile_id}."], "rejected": []}
+        for n, tile_id in enumerate(IDS)
+        if n != UNREADABLE
+    ]
+    places = [(n, part) for n, part in enumerate(PARTS) if n not in (UNREADABLE, WITHOUT_PLACE)]
+    splits = [
+        {"tile_id": IDS[n], "split": split, "seed": draw, "fold": 0, "part": part if outer else "train"}
+        for split, draw, outer in (("random", 0, False), ("blocks", 0, True), ("blocks", 1, False))
+        for n, part in places
+    ]
+    return (
+        store(root / "tiles", "tiles", tiles, TILES, {"zero bytes": 1}),
+        store(root / "pairs", "pairs", pairs[::-1], PAIRS),
+        store(root / "splits", "splits", splits, SPLITS),
+    )
+
+
+def pack(inputs, uri, **fields):
+    config = PackConfig(rows_per_file=4, **fields)
+    tiles, pairs, splits = inputs
+    with publish(str(uri), "shards", config.content(), {}) as publication:
+        pack_shards(tiles, pairs, splits, "blocks", config, publication)
+    return open_dataset(str(uri))
+
+
+@pytest.fixture(scope="module")
+def packed(inputs, tmp_path_factory):
+    return pack(inputs, tmp_path_factory.mktemp("packed") / "shards")
+
+
+def test_rows_are_numbered_training_first_and_no_test_tile_is_among_them(packed):
+    table = packed.read()
+    assert table.schema.equals(SHARDS)
+    rows = table.to_pylist()
+    wanted = {
+        tile_id: part
+        for n, (tile_id, part) in enumerate(zip(IDS, PARTS, strict=True))
+        if part != "test" and n not in (UNREADABLE, WITHOUT_TEXT, WITHOUT_PLACE)
+    }
+    assert {row["tile_id"]: row["part"] for row in rows} == wanted
+    assert [row["row_id"] for row in rows] == list(range(len(wanted)))
+    parts = [row["part"] for row in rows]
+    assert parts == sorted(parts)  # train comes before val
+    for row in rows:  # each tile with its own pixels and texts
+        assert row["image"] == png(IDS.index(row["tile_id"]))
+        assert row["texts"] == [f"Text of {row['tile_id']}."]
+
+
+def test_files_hold_at_most_the_rows_asked_for(packed):
+    sizes = [pq.read_metadata(path).num_rows for path in packed.parquet_paths()]
+    assert max(sizes) <= 4
+    assert sum(sizes) == packed.manifest.rows_out
+
+
+def test_every_tile_is_accounted_for(packed):
+    manifest = packed.manifest
+    num_test = PARTS.count("test")
+    assert manifest.unit == "tiles"
+    assert manifest.rows_in == NUM_TILES
+    assert manifest.rejects == {
+        "held out for test": num_test,
+        "no accepted sentence or no place in the split": 2,
+        "unreadable tile": 1,
+    }
+    assert manifest.rows_out == NUM_TILES - num_test - 3
+    assert sum(manifest.facts["parts"].values()) == manifest.rows_out
+
+
+def test_the_order_is_a_function_of_the_seed(inputs, packed, tmp_path):
+    order = packed.read()["tile_id"].to_pylist()
+    assert order != sorted(order)  # shuffled
+    assert pack(inputs, tmp_path / "again").read().equals(packed.read())
+    _, pairs, splits = inputs
+    assert _number_rows(pairs, splits, "blocks", seed=0)["tile_id"].to_pylist() == order
+    other = _number_rows(pairs, splits, "blocks", seed=1)["tile_id"].to_pylist()
+    assert other != order
+    assert set(other) == set(order)
+
+
+def test_the_split_of_a_pretraining_is_the_first_draw_of_the_outer_one(inputs):
+    parts = outer_parts(inputs[2], "blocks")
+    assert parts.num_rows == NUM_TILES - 2
+    assert {row["tile_id"] for row in parts.to_pylist() if row["part"] == "test"} == set(IDS[::5])
+
+
+def test_nothing_to_pack_is_refused_with_where_to_look(inputs, tmp_path):
+    tiles, _, splits = inputs
+    strangers = store(tmp_path / "p", "pairs", [{"tile_id": "q", "texts": ["A text."], "rejected": []}] * 2, PAIRS)
+    with pytest.raises(ConfigError, match="look at the rejects of refine"):
+        pack((tiles, strangers, splits), tmp_path / "shards")
