@@ -2,7 +2,8 @@
 
 It is no language model and is called a baseline wherever it shows. Every pixel is sorted into one of seven covers by
 its hue, saturation and value; shares, lay-out, texture and mean colour are then put into sentences. Nothing in them
-speaks of directions, so a flipped or turned tile keeps its text.
+speaks of directions, so a flipped or turned tile keeps its text, but for a word now and then where a measure lies on the
+border of two steps.
 """
 
 from __future__ import annotations
