@@ -28,7 +28,7 @@ class ConfigError(UserError, ValueError):
 
 
 def execution(default: T, ge: float | None = None) -> T:
-    """A field that changes how fast a result is made but not the result, so it is left out of digests; `ge` bounds it."""
+    """A field that says how or where a result is made, not what it is, so it is left out of digests; `ge` bounds it."""
     field: T = Field(default=default, ge=ge, json_schema_extra={"execution": True})
     return field
 
@@ -52,8 +52,8 @@ class FolderSource(Section):
     """A folder of JPEG, PNG, WebP or TIFF tiles; the sub-folder is the region; an optional CSV lies beside it."""
 
     kind: Literal["folder"] = "folder"
-    uri: str = ""
-    metadata: str = ""  # CSV: a path inside `uri`, or an absolute path or URI; one row per file
+    uri: str = execution("")  # what lies there is fingerprinted; where it lies does not change it
+    metadata: str = execution("")  # CSV: a path inside `uri`, or an absolute path or URI; one row per file
     file_column: str = "file"
     lon_column: str = ""  # empty: the first of lon, lng, long, longitude that the CSV has
     lat_column: str = ""  # empty: lat or latitude
@@ -66,7 +66,7 @@ class RsicdSource(Section):
     """RSICD (Lu et al. 2017): `captions.json`, a list of {image, captions, split, land_use}, and its images."""
 
     kind: Literal["rsicd"] = "rsicd"
-    uri: str = ""
+    uri: str = execution("")
     captions_file: str = "captions.json"
 
 
@@ -214,7 +214,9 @@ class TrainConfig(Section):
 class EmbedConfig(Section):
     """How tiles become vectors."""
 
-    weights: str = ""  # URI of weights made before; empty: the ones that this run pretrains
+    weights: str = execution(
+        ""
+    )  # their digest takes part, not their place. URI of weights made before; empty: the ones that this run pretrains
     views: Literal[1, 8] = 1  # 8: the mean over flips and quarter turns
     tiles_per_batch: int = execution(64, ge=1)
     num_actors: int = execution(2, ge=1)

@@ -7,6 +7,7 @@ folder has a manifest".
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +17,13 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from urbanclip_ray.config import ConfigError, RunConfig
+from urbanclip_ray.config import ConfigError, RunConfig, WorldSource
 from urbanclip_ray.sources import open_source
 from urbanclip_ray.storage import (
     Dataset,
     MissingDatasetError,
     Publication,
+    absolute,
     dataset_uri,
     digest,
     exists,
@@ -40,7 +42,7 @@ class Run:
     """A config, its source, and the datasets found or made so far."""
 
     def __init__(self, config: RunConfig) -> None:
-        self.config = config
+        self.config = _with_absolute_paths(config)
         self.datasets: dict[str, Dataset] = {}
 
     @cached_property
@@ -71,6 +73,20 @@ class Run:
 
     def weights_uri(self) -> str:
         return weights_folder(self.datasets["pretrain"]) if self.pretrains else self.given_weights
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    source = config.source
+    if not isinstance(source, WorldSource):
+        source = source.model_copy(update={"uri": absolute(source.uri)})
+    embed = config.embed.model_copy(update={"weights": absolute(config.embed.weights)})
+    return config.model_copy(update={"storage": absolute(config.storage), "source": source, "embed": embed})
+
+
+def _shown(uri: str) -> str:
+    """A local path as seen from here, where that is shorter."""
+    relative = uri if "://" in uri else os.path.relpath(uri)
+    return min(uri, relative, key=len)
 
 
 class Stage(NamedTuple):
@@ -312,7 +328,7 @@ def run_stage(run: Run, stage: Stage, console: Console, make: bool) -> float | N
         return None
     if not make:
         raise MissingDatasetError(f"{uri} is not made yet: run jobs/{stage.job}.py with the same options first")
-    console.print(f"[bold]{stage.name}[/bold] → {uri}", highlight=False)
+    console.print(f"[bold]{stage.name}[/bold] → {_shown(uri)}", highlight=False)
     start = time.monotonic()
     with publish(uri, stage.name, content, parents) as publication:
         stage.make(run, publication)
@@ -343,11 +359,13 @@ def _write_run_file(run: Run) -> None:
 def _show_results(run: Run, console: Console) -> None:
     if "retrieval" in run.datasets:
         console.print(_retrieval_table(run.datasets["retrieval"]))
-    if "probe" in run.datasets:
-        from urbanclip_ray.evaluate.scores import score_table
+    if "probe" not in run.datasets:
+        console.print("no report: the source has no indicators to probe (a folder takes them from source.metadata)")
+        return
+    from urbanclip_ray.evaluate.scores import score_table
 
-        console.print(score_table(json.loads(read_bytes(run.datasets["probe"].file_uri("scores.json")))))
-    console.print(f"report: {_report(run, run.datasets)}", highlight=False, soft_wrap=True)
+    console.print(score_table(json.loads(read_bytes(run.datasets["probe"].file_uri("scores.json")))))
+    console.print(f"report: {_shown(_report(run, run.datasets))}", highlight=False, soft_wrap=True)
 
 
 def _report(run: Run, datasets: Mapping[str, Dataset]) -> str:

@@ -89,6 +89,11 @@ def _s3_filesystem() -> pafs.S3FileSystem:
     return pafs.S3FileSystem(**options)
 
 
+def absolute(uri: str) -> str:
+    """The same place for every process of this machine: workers have working directories of their own."""
+    return uri if not uri or "://" in uri else os.path.abspath(os.path.expanduser(uri))
+
+
 def join(uri: str, *parts: str) -> str:
     """A URI below another. Parts are names that we made; they must not climb out."""
     for part in parts:
