@@ -115,21 +115,28 @@ def write_bytes(uri: str, data: bytes) -> None:
     try:
         if isinstance(filesystem, pafs.LocalFileSystem):
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            temporary = f"{path}.{secrets.token_hex(4)}.tmp"
-            try:
-                with open(temporary, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
+            with _written_beside(path, data) as temporary:
                 os.replace(temporary, path)
-            finally:
-                if os.path.exists(temporary):
-                    os.remove(temporary)
         else:
             with filesystem.open_output_stream(path) as stream:
                 stream.write(data)
     except OSError as error:
         raise explain_os_error(error, uri) from error
+
+
+@contextmanager
+def _written_beside(path: str, data: bytes) -> Iterator[str]:
+    """A temporary file in the same folder, its data on disk; removed at the end if it is still there."""
+    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
 def exists(uri: str) -> bool:
@@ -314,18 +321,11 @@ def _create_exclusively(uri: str, data: bytes) -> bool:
     """Create a file only if it is not there; False where another writer was first."""
     filesystem, path = resolve(uri)
     if isinstance(filesystem, pafs.LocalFileSystem):
-        temporary = f"{path}.{secrets.token_hex(4)}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(temporary, path)  # fails when the target exists, unlike a rename
-        except FileExistsError:
-            return False
-        finally:
-            if os.path.exists(temporary):
-                os.remove(temporary)
+        with _written_beside(path, data) as temporary:
+            try:
+                os.link(temporary, path)  # fails when the target exists, unlike a rename
+            except FileExistsError:
+                return False
         return True
     return _put_if_absent(path, data)
 
