@@ -35,7 +35,7 @@ CONFIG = TrainConfig(
     clip_norm=0.5,  # so that it clips
     contrastive_weight=0.7,
     caption_weight=1.3,
-    max_logit_scale=14.3,  # so that the clamp acts
+    max_logit_scale=14.2,  # below the initial one, so that the clamp acts
     precision="fp32",
 )
 
@@ -143,4 +143,4 @@ def test_two_ranks_train_as_one_process_does():
             found = rank["weights"][name]
             assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max(), name
             assert not np.array_equal(expected, initial[name]), name  # every parameter was trained
-    assert weights["inner.logit_scale"] < np.log(CONFIG.max_logit_scale) + 1e-6 < initial["inner.logit_scale"] + 1e-2
+    assert weights["inner.logit_scale"] <= np.float32(np.log(CONFIG.max_logit_scale)) < initial["inner.logit_scale"]

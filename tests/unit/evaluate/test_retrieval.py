@@ -64,7 +64,7 @@ def vectors(weights) -> dict[str, np.ndarray]:
     return found
 
 
-def measure(root: str, weights: str, vectors: dict[str, np.ndarray], parts=None) -> Dataset:
+def measure(root: str, weights: str, vectors: dict[str, np.ndarray], parts=None, text_mode="sentence") -> Dataset:
     order = np.random.default_rng(1).permutation(NUM_TILES)
     shuffled = [IDS[at] for at in order]
     pairs = pa.table([shuffled, [TEXTS[name] for name in shuffled], [[]] * NUM_TILES], schema=PAIRS)
@@ -82,15 +82,17 @@ def measure(root: str, weights: str, vectors: dict[str, np.ndarray], parts=None)
             store(f"{root}/splits", "splits", pa.Table.from_pylist(rows, schema=SPLITS)),
             weights,
             "blocks",
+            text_mode,
             publication,
         )
     return open_dataset(f"{root}/out")
 
 
-def expected(part: str, weights: str, vectors: dict[str, np.ndarray]) -> dict:
+def expected(part: str, weights: str, vectors: dict[str, np.ndarray], text_mode: str) -> dict:
     loaded = load_model(weights)
     ids = [name for name in IDS if PARTS[name] == part]
-    texts = [(at, text) for at, name in enumerate(ids) for text in TEXTS[name]]
+    shown = {name: [" ".join(texts)] if texts and text_mode == "paragraph" else texts for name, texts in TEXTS.items()}
+    texts = [(at, text) for at, name in enumerate(ids) for text in shown[name]]
     with torch.inference_mode():
         embedded = loaded.model.encode_text(loaded.tokenizer.encode([text for _, text in texts]))[0]
     owner = torch.tensor([at for at, _ in texts])
@@ -104,12 +106,13 @@ def expected(part: str, weights: str, vectors: dict[str, np.ndarray]) -> dict:
     }
 
 
-def test_both_held_out_parts_are_judged_against_all_their_own_sentences(weights, vectors, tmp_path, ray_cluster):
-    dataset = measure(str(tmp_path), weights, vectors)
+@pytest.mark.parametrize("text_mode", ["sentence", "paragraph"])
+def test_both_held_out_parts_are_judged_against_all_their_own_texts(text_mode, weights, vectors, tmp_path, ray_cluster):
+    dataset = measure(str(tmp_path), weights, vectors, text_mode=text_mode)
     found = json.loads(read_bytes(dataset.file_uri("retrieval.json")))
     assert [result["part"] for result in found] == ["val", "test"]
     for result in found:
-        reference = expected(result["part"], weights, vectors)
+        reference = expected(result["part"], weights, vectors, text_mode)
         assert result.keys() == reference.keys()
         for direction in ("image_to_text", "text_to_image"):
             assert result[direction] == pytest.approx(reference[direction])

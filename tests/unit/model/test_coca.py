@@ -38,7 +38,11 @@ def model(request) -> CoCa:
     model = build_model(copy.deepcopy(CONFIGS[request.param]), seed=1).eval()
     with torch.no_grad():
         random = torch.Generator().manual_seed(2)
-        for parameter in (model.inner.text.positional_embedding, model.inner.text.cls_emb, model.inner.text.token_embedding.weight):
+        for parameter in (
+            model.inner.text.positional_embedding,
+            model.inner.text.cls_emb,
+            model.inner.text.token_embedding.weight,
+        ):
             parameter.copy_(torch.randn(parameter.shape, generator=random))
     return model
 

@@ -41,7 +41,9 @@ def save_in_rank(root: str) -> dict[str, list]:
     from urbanclip_ray.train.engine import MOMENTS, fragments, start_engine
 
     def state(engine):
-        return [[f.name, f.start, f.numel, f.weight.tolist(), *(f.moments[m].tolist() for m in MOMENTS)] for f in fragments(engine)]
+        return [
+            [f.name, f.start, f.numel, f.weight.tolist(), *(f.moments[m].tolist() for m in MOMENTS)] for f in fragments(engine)
+        ]
 
     engine = start_engine(layer(), CONFIG)
     listed = []

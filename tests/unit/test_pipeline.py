@@ -1,0 +1,201 @@
+"""What is kept, what is made anew and which job comes first; the stages themselves are replaced by quick ones.
+
+The real ones run in tests/integration.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from urbanclip_ray import pipeline
+from urbanclip_ray.config import ConfigError, RunConfig, apply_overrides
+from urbanclip_ray.model.weights import WEIGHTS_FILE
+from urbanclip_ray.pipeline import STAGES, find_weights, run_stages
+from urbanclip_ray.recipes import load_recipe
+from urbanclip_ray.storage import MissingDatasetError, find_dataset, open_dataset, publish
+
+NAMES = [stage.name for stage in STAGES]
+
+
+@pytest.fixture
+def config(tmp_path) -> RunConfig:
+    folder = tmp_path / "city"
+    folder.mkdir()
+    lines = ["file,lon,lat,gdp"]
+    for at in range(3):
+        Image.fromarray(np.full((16, 16, 3), at, np.uint8)).save(folder / f"{at}.png")
+        lines.append(f"{at}.png,{at},{at},{at}")
+    (folder / "tiles.csv").write_text("\n".join(lines))
+    return apply_overrides(
+        load_recipe("tiny_test"),
+        [f"source.uri={folder}", "source.metadata=tiles.csv", f"storage={tmp_path / 'storage'}"],
+    )
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[str]:
+    """Stages write a word instead of data; the names of those that were made."""
+    names: list[str] = []
+
+    def replace(stage):
+        def make(_, publication):
+            names.append(stage.name)
+            publication.write_file(WEIGHTS_FILE, f"{stage.name} {len(names)}".encode())
+
+        return stage._replace(make=make)
+
+    monkeypatch.setattr(pipeline, "STAGES", tuple(replace(stage) for stage in STAGES))
+    monkeypatch.setattr(pipeline, "_show_results", lambda run, console: None)
+    monkeypatch.setattr(pipeline.Run, "given_weights_digest", "0123")
+    return names
+
+
+def rerun(config: RunConfig, made: list[str], *overrides: str) -> list[str]:
+    """What a run with other options makes."""
+    made.clear()
+    run_stages(apply_overrides(config, list(overrides)), None)
+    return list(made)
+
+
+def test_stages_are_made_once_in_an_order_in_which_parents_come_first(config, made):
+    assert rerun(config, made) == NAMES
+    assert rerun(config, made) == []
+    for at, stage in enumerate(STAGES):
+        assert set(stage.parents) <= set(NAMES[:at])
+
+
+@pytest.mark.parametrize(
+    ("override", "kept"),
+    [
+        ("refine.max_words=9", ["tiles", "labels", "captions", "splits"]),
+        ("caption.max_error_share=0.5", ["tiles", "labels", "splits"]),
+        ("split.num_draws=3", ["tiles", "labels", "captions", "pairs"]),
+        ("pack.seed=1", ["tiles", "labels", "captions", "pairs", "splits"]),
+        ("train.lr=0.01", ["tiles", "labels", "captions", "pairs", "splits", "shards"]),
+        ("model.patch_dropout=0.5", ["tiles", "labels", "captions", "pairs", "splits", "shards"]),
+        ("embed.views=8", [name for name in NAMES if name not in ("embeddings", "untrained", "retrieval", "probe")]),
+        ("probe.target=log", NAMES[:-1]),
+        ("pixels.crop_left_px=2", ["tiles", "labels", "splits"]),
+        ("ingest.min_side_px=9", []),
+    ],
+)
+def test_a_change_remakes_what_depends_on_it_and_nothing_else(config, made, override, kept):
+    rerun(config, made)
+    assert rerun(config, made, override) == [name for name in NAMES if name not in kept]
+    assert rerun(config, made) == []  # the old ones still stand beside the new ones
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["ingest.tiles_per_batch=3", "caption.num_actors=1", "train.checkpoint_every_steps=7", "embed.num_actors=1", "resources.cpus_per_worker=2"],
+)  # fmt: skip
+def test_how_the_work_is_done_remakes_nothing(config, made, override):
+    rerun(config, made)
+    assert rerun(config, made, override) == []
+
+
+def test_another_number_of_workers_remakes_nothing(config, made):
+    rerun(config, made)
+    tree = config.model_dump()
+    tree["resources"]["num_workers"] = 1
+    tree["train"]["micro_batch_size"] = 16  # the contrastive batch stays what it is
+    made.clear()
+    run_stages(RunConfig.model_validate(tree), None)
+    assert "shards" not in made
+
+
+def test_a_changed_source_is_read_again(config, made, tmp_path):
+    rerun(config, made)
+    Image.fromarray(np.full((16, 16, 3), 9, np.uint8)).save(tmp_path / "city" / "3.png")
+    assert rerun(config, made) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_a_job_run_too_early_names_the_job_to_run_first(config, made, name):
+    with pytest.raises(
+        MissingDatasetError, match=r"tiles/\w+ is not made yet: run jobs/ingest\.py with the same options first"
+    ):
+        run_stages(config, [name])
+    assert made == []
+
+
+def test_each_job_names_the_one_before_it_until_all_are_run(config, made):
+    jobs = ["ingest", "caption", "refine", "split", "pack", "pretrain", "embed", "probe"]
+    asked = []
+    while True:
+        try:
+            run_stages(config, ["probe"])
+            break
+        except MissingDatasetError as error:
+            job = str(error).split("jobs/")[1].split(".py")[0]
+            asked.append(job)
+            run_stages(config, [stage.name for stage in STAGES if stage.job == job])
+    assert asked == jobs[:-1]
+    assert made == NAMES
+    assert rerun(config, made) == []  # the pipeline keeps what the jobs made
+
+
+def test_a_stage_that_fails_leaves_nothing_and_the_next_run_goes_on_from_there(config, made, monkeypatch):
+    def fail(run, publication):
+        publication.write_file("half", b"")
+        raise RuntimeError("the power is out")
+
+    good = pipeline.STAGES
+    broken = tuple(stage._replace(make=fail) if stage.name == "shards" else stage for stage in good)
+    monkeypatch.setattr(pipeline, "STAGES", broken)
+    with pytest.raises(RuntimeError, match="power"):
+        run_stages(config, None)
+    before = list(made)
+    monkeypatch.setattr(pipeline, "STAGES", good)
+    assert before + rerun(config, made) == NAMES
+
+
+def test_a_run_with_given_weights_neither_captions_nor_pretrains(config, made):
+    assert rerun(config, made, "embed.weights=elsewhere") == ["tiles", "labels", "splits", "embeddings", "untrained", "probe"]
+
+
+def test_a_source_without_labels_is_not_probed(config, made, tmp_path):
+    (tmp_path / "city" / "tiles.csv").write_text("file,lon,lat\n0.png,0,0\n")
+    assert rerun(config, made) == [name for name in NAMES if name not in ("labels", "untrained", "probe")]
+
+
+def test_a_run_without_a_probe_says_that_it_has_no_report(config, capsys):
+    run = pipeline.Run(config)
+    pipeline._show_results(run, pipeline.Console(width=200))
+    assert "no report: the source has no indicators" in capsys.readouterr().out
+
+
+def test_run_json_names_the_current_datasets_relative_to_the_run(config, made, tmp_path):
+    rerun(config, made)
+    rerun(config, made, "pack.seed=1")
+    record = json.loads((tmp_path / "storage" / "tiny_test" / "run.json").read_text())
+    assert list(record["datasets"]) == NAMES
+    assert record["config"]["pack"]["seed"] == 1
+    for place in record["datasets"].values():
+        assert find_dataset(f"{tmp_path}/storage/tiny_test/{place}") is not None
+
+
+def test_weights_are_found_in_a_folder_a_dataset_or_a_run(config, made, tmp_path):
+    rerun(config, made)
+    run_uri = f"{tmp_path}/storage/tiny_test"
+    record = json.loads((tmp_path / "storage" / "tiny_test" / "run.json").read_text())
+    dataset = open_dataset(f"{run_uri}/{record['datasets']['pretrain']}")
+    folder = dataset.file_uri(WEIGHTS_FILE).removesuffix(f"/{WEIGHTS_FILE}")
+    assert find_weights(run_uri) == find_weights(dataset.uri) == find_weights(folder) == folder
+
+
+def test_a_run_that_pretrained_nothing_has_no_weights(config, made, tmp_path):
+    rerun(config, made, "embed.weights=elsewhere")
+    with pytest.raises(ConfigError, match="that run pretrained nothing"):
+        find_weights(f"{tmp_path}/storage/tiny_test")
+
+
+def test_another_stages_dataset_has_no_weights(tmp_path):
+    with publish(str(tmp_path / "tiles"), "tiles", {}, {}) as publication:
+        publication.write_file("something", b"")
+    with pytest.raises(Exception, match=f"has no file '{WEIGHTS_FILE}'"):
+        find_weights(str(tmp_path / "tiles"))
