@@ -18,7 +18,7 @@ GLOO_TIMEOUT_S = 60
 START_TIMEOUT_S = 150
 
 
-class RankFailure(AssertionError):
+class RankError(AssertionError):
     """A rank ended without a result; `errors` has what each failed rank raised, `exit_codes` how all of them ended."""
 
     def __init__(self, errors: dict[int, str], exit_codes: list[int | None]) -> None:
@@ -28,7 +28,7 @@ class RankFailure(AssertionError):
 
 
 def run_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any) -> list[Any]:
-    """`function(*arguments)` in `num_ranks` new processes; their results in rank order. Raises :class:`RankFailure`."""
+    """`function(*arguments)` in `num_ranks` new processes; their results in rank order. Raises :class:`RankError`."""
     context = multiprocessing.get_context("spawn")
     results: Any = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
@@ -46,7 +46,7 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any) -> 
                 process.kill()
                 process.join()
     if len(found) < num_ranks:
-        raise RankFailure(errors, [process.exitcode for process in processes])
+        raise RankError(errors, [process.exitcode for process in processes])
     return [found[rank] for rank in range(num_ranks)]
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 sys.path.append(str(Path(__file__).parent))  # ranks must be importable in the spawned processes too
 
-from ranks import RankFailure, run_ranks
+from ranks import RankError, run_ranks
 
 from urbanclip_ray.config import AugmentConfig, ModelConfig, PackConfig, ResourcesConfig, RunConfig, TrainConfig
 from urbanclip_ray.model.architectures import open_clip_config
@@ -156,7 +156,7 @@ def uninterrupted(shards, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def killed(shards, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
-    with pytest.raises(RankFailure) as caught:
+    with pytest.raises(RankError) as caught:
         run_ranks(train_and_die, 2, make_spec(shards, folder))
     assert caught.value.exit_codes[1] == -signal.SIGKILL
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
@@ -193,7 +193,7 @@ def test_another_number_of_ranks_is_refused_with_the_fix(shards, killed, tmp_pat
     folder = shutil.copytree(killed, tmp_path / "resumed")
     train_config = CONFIG.train.model_copy(update={"micro_batch_size": 8})
     config = CONFIG.model_copy(update={"train": train_config, "resources": ResourcesConfig(num_workers=1)})
-    with pytest.raises(RankFailure) as caught:
+    with pytest.raises(RankError) as caught:
         run_ranks(train, 1, make_spec(shards, folder, config))
     message = caught.value.errors[0]
     assert "step-00000006 was written by 2 ranks and is resumed by 1: set resources.num_workers=2" in message

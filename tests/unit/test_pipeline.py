@@ -91,18 +91,24 @@ def test_a_change_remakes_what_depends_on_it_and_nothing_else(config, made, over
 
 @pytest.mark.parametrize(
     "override",
-    ["ingest.tiles_per_batch=3", "caption.num_actors=1", "train.checkpoint_every_steps=7", "embed.num_actors=1", "resources.cpus_per_worker=2"],
-)  # fmt: skip
+    [
+        "ingest.tiles_per_batch=3",
+        "caption.num_actors=1",
+        "train.checkpoint_every_steps=7",
+        "embed.num_actors=1",
+        "resources.cpus_per_worker=2",
+    ],
+)
 def test_how_the_work_is_done_remakes_nothing(config, made, override):
     rerun(config, made)
     assert rerun(config, made, override) == []
 
 
-def test_another_number_of_workers_remakes_nothing(config, made):
+def test_another_number_of_workers_keeps_the_shards(config, made):
     rerun(config, made)
     tree = config.model_dump()
     tree["resources"]["num_workers"] = 1
-    tree["train"]["micro_batch_size"] = 16  # the contrastive batch stays what it is
+    tree["train"]["micro_batch_size"] = 16  # goes with it: the contrastive batch stays what it is
     made.clear()
     run_stages(RunConfig.model_validate(tree), None)
     assert "shards" not in made

@@ -42,12 +42,12 @@ def test_open_clips_own_coca_keeps_its_vocabulary_with_its_own_tokenizer():
 @pytest.mark.parametrize(
     ("name", "vocab_size", "message"),
     [
-        ("coca_tiny_95", VOCAB_SIZE, r"model\.architecture='coca_tiny_95' is not known; choose one of .*coca_tiny_96.*coca_ViT-B-32"),
-        ("ViT-B-32", None, r"model\.architecture='ViT-B-32' is not a CoCa: it has no text decoder; choose one of .*coca_ViT-B-32"),
+        ("coca_tiny_95", VOCAB_SIZE, r"'coca_tiny_95' is not known; choose one of .*coca_tiny_96.*coca_ViT-B-32"),
+        ("ViT-B-32", None, r"'ViT-B-32' is not a CoCa: it has no text decoder; choose one of .*coca_ViT-B-32"),
         ("coca_roberta-ViT-B-32", None, r"model\.architecture='coca_roberta-ViT-B-32' takes its text tower from a model hub"),
         ("coca_test_16", None, r"model\.architecture=coca_test_16 needs model\.tokenizer=bpe"),
     ],
-)  # fmt: skip
+)
 def test_a_name_that_cannot_be_built_says_what_to_choose(name, vocab_size, message):
     with pytest.raises(ConfigError, match=message):
         open_clip_config(ModelConfig(architecture=name), vocab_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -36,7 +37,7 @@ def test_the_learning_rate_warms_up_to_its_peak_and_falls_to_zero_as_a_cosine():
     rates = [learning_rate(step, 100, CONFIG) for step in range(100)]
     assert rates[:10] == pytest.approx([2e-4 * (step + 1) for step in range(10)])
     assert max(rates) == rates[9] == rates[10] == 2e-3
-    assert all(later < earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(rates[10:]))
     assert rates[55] == pytest.approx(1e-3)
     assert rates[32] == pytest.approx(2e-3 * 0.5 * (1 + math.cos(math.pi * 22 / 90)))
     assert 0 < rates[99] < 1e-6 * 2
