@@ -25,7 +25,7 @@ def connect() -> None:
     if not sys.stderr.isatty():
         logging.getLogger("ray.data").setLevel(logging.WARNING)  # bars are for terminals, a log wants no frames
     context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True  # the same input gives the same files
+    context.execution_options.preserve_order = True  # blocks in order; rows inside a written file may still move
     context.print_on_execution_start = False
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 GLOO_TIMEOUT_S = 60
-START_TIMEOUT_S = 150
+RESULT_TIMEOUT_S = 300
 
 
 class RankError(AssertionError):
@@ -55,7 +55,7 @@ def _collect(processes: list[Any], results: Any) -> tuple[dict[int, Any], dict[i
     found: dict[int, Any] = {}
     errors: dict[int, str] = {}
     waited_s = 0
-    while len(found) + len(errors) < len(processes) and waited_s < START_TIMEOUT_S:
+    while len(found) + len(errors) < len(processes) and waited_s < RESULT_TIMEOUT_S:
         all_ended = not any(process.is_alive() for process in processes)
         try:
             rank, ok, value = results.get(timeout=1)

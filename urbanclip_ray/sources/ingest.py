@@ -45,7 +45,7 @@ class CheckedImage(NamedTuple):
 
 
 def ingest_tiles(source: Source, config: IngestConfig, publication: Publication) -> None:
-    """Read and check every tile of a source and write them as the `tiles` dataset, in the order of their ids.
+    """Read and check every tile of a source and write them as the `tiles` dataset.
 
     Raises :class:`IngestError` when the share of unusable tiles is above `config.max_error_share`.
     """

@@ -63,11 +63,16 @@ class ShardReader:
     def __init__(self, shards: Dataset, part: str, window: int) -> None:
         self._filesystem, _ = resolve(shards.uri)
         self._files: list[tuple[str, np.ndarray]] = []  # path, indices of the part's rows in it
+        first_ids = []
         for path in shards.parquet_paths():
-            parts = pq.read_table(path, columns=["part"], filesystem=self._filesystem)["part"]
-            inside = np.flatnonzero(parts.to_numpy() == part)
+            table = pq.read_table(path, columns=["row_id", "part"], filesystem=self._filesystem)
+            inside = np.flatnonzero(table["part"].to_numpy() == part)
             if len(inside):
-                self._files.append((path, inside))
+                # by row id: Ray's writer promises neither the order of rows in a file nor that of the files' names
+                row_ids = table["row_id"].to_numpy()[inside]
+                self._files.append((path, inside[np.argsort(row_ids)]))
+                first_ids.append(int(row_ids.min()))
+        self._files = [self._files[index] for index in np.argsort(first_ids)]
         self.rows_per_file = [len(inside) for _, inside in self._files]
         self.num_rows = sum(self.rows_per_file)
         self._starts = np.concatenate([[0], np.cumsum(self.rows_per_file)]).astype(int)
