@@ -72,6 +72,8 @@ def load_model_files(files: dict[str, bytes], name: str) -> LoadedModel:
     """The model of files in memory; `name` is for error messages."""
     try:
         config: dict[str, Any] = json.loads(files[CONFIG_FILE])["model_cfg"]
+        if config["text_cfg"].get("hf_model_name") or config["vision_cfg"].get("timm_model_name"):
+            raise ValueError("it takes a tower from a model hub")  # open_clip would fetch it
         model = CoCa(config)
     except Exception as error:  # a foreign config: open_clip raises whatever it stumbles over
         raise ConfigError(

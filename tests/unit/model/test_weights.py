@@ -147,3 +147,12 @@ def test_the_config_says_how_open_clip_prepares_images(made):
     assert settings["mean"] == list(open_clip.OPENAI_DATASET_MEAN)
     assert settings["std"] == list(open_clip.OPENAI_DATASET_STD)
     assert settings["resize_mode"] == "squash"  # an oblong tile is stretched, as here
+
+
+@pytest.mark.parametrize(("tower", "key"), [("text_cfg", "hf_model_name"), ("vision_cfg", "timm_model_name")])
+def test_weights_that_would_fetch_a_tower_from_a_hub_are_refused(folder, tower, key):
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    config["model_cfg"][tower][key] = "somebody/something"
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="model hub"):
+        load_model(str(folder))
