@@ -14,6 +14,7 @@ from PIL import Image
 
 from urbanclip_ray.config import PixelsConfig
 from urbanclip_ray.dataflow import map_tables, read
+from urbanclip_ray.evaluate.regression import ProbeData
 from urbanclip_ray.imagery import TileImageError, crop_margins, decode, to_square
 from urbanclip_ray.storage import Dataset
 
@@ -70,37 +71,21 @@ class NeighboursProbe:
 
     num_neighbours: int
 
-    def fit_predict(
-        self,
-        train_x: np.ndarray,
-        train_y: np.ndarray,
-        val_x: np.ndarray,
-        val_y: np.ndarray,
-        test_x: np.ndarray,
-        seed: int,
-    ) -> np.ndarray:
+    def fit_predict(self, data: ProbeData, seed: int) -> np.ndarray:
         """See :class:`regression.Probe`; `x` is [rows, 3] of :func:`unit_vectors`. Nothing is selected or random."""
         from sklearn.neighbors import KNeighborsRegressor
 
-        model = KNeighborsRegressor(min(self.num_neighbours, len(train_x)), weights="distance")
-        return np.asarray(model.fit(train_x, train_y).predict(test_x), dtype=np.float64)
+        model = KNeighborsRegressor(min(self.num_neighbours, len(data.train_x)), weights="distance")
+        return np.asarray(model.fit(data.train_x, data.train_y).predict(data.test_x), dtype=np.float64)
 
 
 @dataclass(frozen=True)
 class MeanProbe:
     """The mean of the training targets, whatever the tile."""
 
-    def fit_predict(
-        self,
-        train_x: np.ndarray,
-        train_y: np.ndarray,
-        val_x: np.ndarray,
-        val_y: np.ndarray,
-        test_x: np.ndarray,
-        seed: int,
-    ) -> np.ndarray:
+    def fit_predict(self, data: ProbeData, seed: int) -> np.ndarray:
         """See :class:`regression.Probe`; features are not looked at."""
-        return np.full(len(test_x), train_y.mean())
+        return np.full(len(data.test_x), data.train_y.mean())
 
 
 def _describe(batch: pa.Table, pixels: PixelsConfig) -> pa.Table:

@@ -22,7 +22,7 @@ from urbanclip_ray import dataflow
 from urbanclip_ray.config import Method, PixelsConfig, ProbeConfig
 from urbanclip_ray.errors import UserError
 from urbanclip_ray.evaluate.baselines import MeanProbe, NeighboursProbe, colour_table, unit_vectors
-from urbanclip_ray.evaluate.regression import MlpProbe, Probe, RidgeProbe
+from urbanclip_ray.evaluate.regression import MlpProbe, Probe, ProbeData, RidgeProbe
 from urbanclip_ray.evaluate.scores import score_predictions
 from urbanclip_ray.evaluate.splits import PARTS
 from urbanclip_ray.evaluate.targets import count_unusable, to_space
@@ -224,7 +224,7 @@ def _fit(inputs: Inputs, draw: Draw, indicator: str) -> dict[Method, np.ndarray]
     predicted = {}
     for method, head in inputs.probes.items():
         x = inputs.features[FEATURES_OF[method]]
-        predicted[method] = head.fit_predict(x[train], y[train], x[val], y[val], x[test], draw.seed)
+        predicted[method] = head.fit_predict(ProbeData(x[train], y[train], x[val], y[val], x[test]), draw.seed)
     return predicted
 
 

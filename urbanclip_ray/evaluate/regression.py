@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -18,19 +18,21 @@ if TYPE_CHECKING:
 MLP_BATCH_SIZE = 128  # rows; of the follow-up's published command, the paper's code has no figure
 
 
-class Probe(Protocol):
-    """Something that learns from train, selects on validation and predicts test, whose targets it is never given."""
+class ProbeData(NamedTuple):
+    """Features [rows, width] of the three parts, and targets [rows] of all but test, which no probe is ever given."""
 
-    def fit_predict(
-        self,
-        train_x: np.ndarray,
-        train_y: np.ndarray,
-        val_x: np.ndarray,
-        val_y: np.ndarray,
-        test_x: np.ndarray,
-        seed: int,
-    ) -> np.ndarray:
-        """Predictions [num_test], float64, in the space of the targets. Features are [rows, width], targets [rows]."""
+    train_x: np.ndarray
+    train_y: np.ndarray
+    val_x: np.ndarray
+    val_y: np.ndarray
+    test_x: np.ndarray
+
+
+class Probe(Protocol):
+    """Something that learns from train, selects on validation and predicts test."""
+
+    def fit_predict(self, data: ProbeData, seed: int) -> np.ndarray:
+        """Predictions [num_test], float64, in the space of the targets."""
         ...
 
 
@@ -63,6 +65,11 @@ class Standardiser:
         return restored
 
 
+def standardisers(data: ProbeData) -> tuple[Standardiser, Standardiser]:
+    """Of the features, cut off, and of the target; both from the training rows alone."""
+    return Standardiser.fit(data.train_x.astype(np.float64), MAX_DEVIATIONS), Standardiser.fit(data.train_y)
+
+
 @dataclass(frozen=True)
 class RidgeProbe:
     """Ridge regression; the penalty is the one with the best validation R², the largest among equals.
@@ -77,29 +84,18 @@ class RidgeProbe:
         if not self.alphas or min(self.alphas) <= 0:
             raise ValueError(f"probe.ridge_alphas={self.alphas}: give at least one, all above 0")
 
-    def fit_predict(
-        self,
-        train_x: np.ndarray,
-        train_y: np.ndarray,
-        val_x: np.ndarray,
-        val_y: np.ndarray,
-        test_x: np.ndarray,
-        seed: int,  # noqa: ARG002  (all probes share one signature)
-    ) -> np.ndarray:
+    def fit_predict(self, data: ProbeData, seed: int) -> np.ndarray:  # noqa: ARG002  (all probes share one signature)
         """See :class:`Probe`; `seed` changes nothing, ridge is deterministic."""
-        _, predicted = self.select(train_x, train_y, val_x, val_y, test_x)
+        _, predicted = self.select(data)
         return predicted
 
-    def select(
-        self, train_x: np.ndarray, train_y: np.ndarray, val_x: np.ndarray, val_y: np.ndarray, test_x: np.ndarray
-    ) -> tuple[float, np.ndarray]:
+    def select(self, data: ProbeData) -> tuple[float, np.ndarray]:
         """The chosen penalty and the predictions [num_test]."""
-        of_x = Standardiser.fit(train_x.astype(np.float64), MAX_DEVIATIONS)
-        of_y = Standardiser.fit(train_y)
-        x, y = of_x.apply(train_x), of_y.apply(train_y)
+        of_x, of_y = standardisers(data)
+        x, y = of_x.apply(data.train_x), of_y.apply(data.train_y)
         eigenvalues, directions = np.linalg.eigh(x.T @ x)
         projected = directions.T @ (x.T @ y)
-        val, wanted = of_x.apply(val_x) @ directions, of_y.apply(val_y)
+        val, wanted = of_x.apply(data.val_x) @ directions, of_y.apply(data.val_y)
         best_alpha, best_error = 0.0, np.inf
         for alpha in sorted(self.alphas, reverse=True):
             # The lowest squared error is the highest R², and is defined where validation is constant too.
@@ -107,7 +103,7 @@ class RidgeProbe:
             if error < best_error:
                 best_alpha, best_error = alpha, error
         weights = directions @ (projected / (eigenvalues + best_alpha))
-        return best_alpha, of_y.invert(of_x.apply(test_x) @ weights)
+        return best_alpha, of_y.invert(of_x.apply(data.test_x) @ weights)
 
 
 @dataclass(frozen=True)
@@ -121,19 +117,11 @@ class MlpProbe:
     max_epochs: int
     patience: int
 
-    def fit_predict(
-        self,
-        train_x: np.ndarray,
-        train_y: np.ndarray,
-        val_x: np.ndarray,
-        val_y: np.ndarray,
-        test_x: np.ndarray,
-        seed: int,
-    ) -> np.ndarray:
+    def fit_predict(self, data: ProbeData, seed: int) -> np.ndarray:
         """See :class:`Probe`. The same seed gives the same predictions; raises when no epoch has a finite error."""
         import torch
 
-        of_x, of_y = Standardiser.fit(train_x.astype(np.float64), MAX_DEVIATIONS), Standardiser.fit(train_y)
+        of_x, of_y = standardisers(data)
 
         def rows(x: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(of_x.apply(x).astype(np.float32))
@@ -146,9 +134,9 @@ class MlpProbe:
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                head = self._train(rows(train_x), wanted(train_y), rows(val_x), wanted(val_y))
+                head = self._train(rows(data.train_x), wanted(data.train_y), rows(data.val_x), wanted(data.val_y))
                 with torch.no_grad():
-                    predicted = head(rows(test_x)).squeeze(1).double().numpy()
+                    predicted = head(rows(data.test_x)).squeeze(1).double().numpy()
         finally:
             torch.set_num_threads(num_threads)
         return of_y.invert(predicted)
@@ -169,7 +157,7 @@ class MlpProbe:
             head.train()
             for batch in torch.split(torch.randperm(len(x)), MLP_BATCH_SIZE):
                 optimizer.zero_grad()
-                F.mse_loss(head(x[batch]).squeeze(1), y[batch]).backward()  # type: ignore[no-untyped-call]
+                F.mse_loss(head(x[batch]).squeeze(1), y[batch]).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
                 optimizer.step()
             head.eval()
             with torch.no_grad():

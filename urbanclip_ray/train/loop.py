@@ -20,7 +20,7 @@ from urbanclip_ray.storage import join, open_dataset, write_bytes
 from urbanclip_ray.train.batches import BatchMaker, TrainStep, prefetch, train_steps
 from urbanclip_ray.train.checkpoint import fill_weights, find_checkpoint, restore_rank, save_checkpoint
 from urbanclip_ray.train.curves import Curves
-from urbanclip_ray.train.engine import clamp_parameter, learning_rate, set_learning_rate, start_engine
+from urbanclip_ray.train.engine import attention_kernel, clamp_parameter, learning_rate, set_learning_rate, start_engine
 from urbanclip_ray.train.gather import gather_rows
 from urbanclip_ray.train.shards import ShardReader, count_steps
 from urbanclip_ray.train.validate import validate
@@ -73,7 +73,8 @@ def train_rank(spec: TrainSpec) -> None:
     validate_at = {math.ceil(num_steps * (part + 1) / config.validations) for part in range(config.validations)}
     clock = Clock(num_steps, first_step)
     for step in prefetch(steps):
-        record = take_step(engine, step, num_steps, config)
+        with attention_kernel(engine.device, config):
+            record = take_step(engine, step, num_steps, config)
         taken = step.step + 1
         curves.train(record | {"samples_per_s": clock.tick(config.global_batch_size)})
         clock.show(record, rank)

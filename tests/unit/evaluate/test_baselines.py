@@ -16,6 +16,7 @@ from urbanclip_ray.evaluate.baselines import (
     colour_table,
     unit_vectors,
 )
+from urbanclip_ray.evaluate.regression import ProbeData
 from urbanclip_ray.evaluate.splits import assign_splits
 from urbanclip_ray.schema import TILES
 from urbanclip_ray.storage import Dataset, open_dataset, publish
@@ -104,24 +105,23 @@ def test_neighbours_reach_across_the_date_line() -> None:
     train = unit_vectors(np.array([179.9, 170.0, -170.0]), np.zeros(3))
     train_y = np.array([10.0, 0.0, 0.0])
     empty = np.empty((0, 3))
-    predicted = NeighboursProbe(1).fit_predict(
-        train, train_y, empty, np.empty(0), unit_vectors(np.array([-179.9]), np.zeros(1)), 0
-    )
+    test = unit_vectors(np.array([-179.9]), np.zeros(1))
+    predicted = NeighboursProbe(1).fit_predict(ProbeData(train, train_y, empty, np.empty(0), test), 0)
     assert predicted.tolist() == [10.0]
 
 
 def test_neighbours_are_weighted_by_inverse_distance_and_need_not_exist_in_full() -> None:
     train = np.array([[0.0, 0, 0], [3.0, 0, 0]])
     empty = np.empty((0, 3))
-    predicted = NeighboursProbe(5).fit_predict(
-        train, np.array([0.0, 9.0]), empty, np.empty(0), np.array([[1.0, 0, 0], [3.0, 0, 0]]), 0
-    )
+    test = np.array([[1.0, 0, 0], [3.0, 0, 0]])
+    predicted = NeighboursProbe(5).fit_predict(ProbeData(train, np.array([0.0, 9.0]), empty, np.empty(0), test), 0)
     np.testing.assert_allclose(predicted, [3.0, 9.0])  # weights 1 and 1/2; a tile at the very place decides alone
 
 
 def test_the_mean_is_of_train_alone() -> None:
     x = np.empty((2, 0))
-    predicted = MeanProbe().fit_predict(x, np.array([1.0, 2.0]), x, np.array([50.0, 60.0]), np.empty((3, 0)), 0)
+    data = ProbeData(x, np.array([1.0, 2.0]), x, np.array([50.0, 60.0]), np.empty((3, 0)))
+    predicted = MeanProbe().fit_predict(data, 0)
     np.testing.assert_array_equal(predicted, [1.5, 1.5, 1.5])
 
 
@@ -146,7 +146,7 @@ def test_a_random_split_leaks_place_and_blocks_leak_less() -> None:
     for split in ("blocks", "random"):
         parts = np.array([row["part"] for row in rows.to_pylist() if row["split"] == split])
         train, val, test = (parts == part for part in ("train", "val", "test"))
-        predicted = NeighboursProbe(5).fit_predict(x[train], y[train], x[val], y[val], x[test], 0)
+        predicted = NeighboursProbe(5).fit_predict(ProbeData(x[train], y[train], x[val], y[val], x[test]), 0)
         scores[split] = 1 - ((predicted - y[test]) ** 2).sum() / ((y[test] - y[test].mean()) ** 2).sum()
     assert scores["random"] > 0.8
     assert scores["blocks"] < 0.4
