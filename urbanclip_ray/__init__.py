@@ -10,8 +10,8 @@ from typing import Any
 
 _PLACES = {
     "RunConfig": "config",
-    "apply_overrides": "config",
-    "build_config": "config",
+    "apply_overrides": "overrides",
+    "build_config": "overrides",
     "load_recipe": "recipes",
     "open_source": "sources",
     "ingest_tiles": "sources.ingest",

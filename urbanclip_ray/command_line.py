@@ -7,8 +7,9 @@ import inspect
 import sys
 from collections.abc import Sequence
 
-from urbanclip_ray.config import RunConfig, Section, apply_overrides
+from urbanclip_ray.config import RunConfig, Section
 from urbanclip_ray.errors import UserError
+from urbanclip_ray.overrides import apply_overrides
 from urbanclip_ray.recipes import RECIPES, load_recipe
 
 

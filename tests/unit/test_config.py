@@ -18,9 +18,8 @@ from urbanclip_ray.config import (
     RunConfig,
     TrainConfig,
     WorldSource,
-    apply_overrides,
-    build_config,
 )
+from urbanclip_ray.overrides import apply_overrides, build_config
 
 DEFAULT = RunConfig()
 

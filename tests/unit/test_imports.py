@@ -14,7 +14,7 @@ import urbanclip_ray
 
 PACKAGE = Path(urbanclip_ray.__file__).parent
 ROOT = PACKAGE.parent
-LIGHT = ["", ".errors", ".config", ".recipes", ".schema", ".storage", ".command_line", ".imagery", ".sources"]
+LIGHT = ["", ".errors", ".config", ".overrides", ".recipes", ".schema", ".storage", ".command_line", ".imagery", ".sources"]
 HEAVY = ("torch", "ray", "deepspeed", "open_clip", "transformers")
 USES_RAY = {
     "urbanclip_ray.dataflow",

@@ -12,10 +12,12 @@ import pytest
 from PIL import Image
 
 from urbanclip_ray import pipeline
-from urbanclip_ray.config import ConfigError, RunConfig, apply_overrides
+from urbanclip_ray.config import ConfigError, RunConfig
 from urbanclip_ray.model.weights import WEIGHTS_FILE
-from urbanclip_ray.pipeline import STAGES, find_weights, run_stages
+from urbanclip_ray.overrides import apply_overrides
+from urbanclip_ray.pipeline import run_stages
 from urbanclip_ray.recipes import load_recipe
+from urbanclip_ray.stages import STAGES, find_weights
 from urbanclip_ray.storage import MissingDatasetError, find_dataset, open_dataset, publish
 
 NAMES = [stage.name for stage in STAGES]

@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from urbanclip_ray.config import ConfigError, build_config
+from urbanclip_ray.config import ConfigError
+from urbanclip_ray.overrides import build_config
 from urbanclip_ray.recipes import RECIPES, load_recipe
 
 

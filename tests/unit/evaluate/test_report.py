@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from urbanclip_ray import storage
-from urbanclip_ray.config import RunConfig, WorldSource, build_config
+from urbanclip_ray.config import RunConfig, WorldSource
 from urbanclip_ray.evaluate import plots
 from urbanclip_ray.evaluate.findings import finding, score_table
 from urbanclip_ray.evaluate.report import write_report
+from urbanclip_ray.overrides import build_config
 from urbanclip_ray.schema import CAPTIONS, PAIRS, PREDICTIONS, SPLITS, TILES, embeddings_schema
 from urbanclip_ray.storage import Dataset, open_dataset, publish
 

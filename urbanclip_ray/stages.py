@@ -1,0 +1,257 @@
+"""The stages of the walk: what each is made of, and the function that makes it.
+
+Follow one tile by reading `STAGES` from the top.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from urbanclip_ray.config import ConfigError, RunConfig, WorldSource
+from urbanclip_ray.sources import open_source
+from urbanclip_ray.storage import Dataset, Publication, absolute, exists, find_dataset, join, read_bytes
+
+
+class Run:
+    """A config, its source, and the datasets found or made so far."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = _with_absolute_paths(config)
+        self.datasets: dict[str, Dataset] = {}
+
+    @cached_property
+    def source(self) -> Any:
+        return open_source(self.config.source)
+
+    @cached_property
+    def has_labels(self) -> bool:
+        return self.source.labels() is not None
+
+    @property
+    def pretrains(self) -> bool:
+        return not self.config.embed.weights
+
+    @property
+    def uri(self) -> str:
+        return join(self.config.storage, self.config.run)
+
+    @cached_property
+    def given_weights(self) -> str:
+        return find_weights(self.config.embed.weights)
+
+    @cached_property
+    def given_weights_digest(self) -> str:
+        from urbanclip_ray.model.weights import load_model
+
+        return load_model(self.given_weights).digest
+
+    def weights_uri(self) -> str:
+        return weights_folder(self.datasets["pretrain"]) if self.pretrains else self.given_weights
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    source = config.source
+    if not isinstance(source, WorldSource):
+        source = source.model_copy(update={"uri": absolute(source.uri)})
+    embed = config.embed.model_copy(update={"weights": absolute(config.embed.weights)})
+    return config.model_copy(update={"storage": absolute(config.storage), "source": source, "embed": embed})
+
+
+class Stage(NamedTuple):
+    """One box of the walk: its dataset, the job that makes it, what it is made of, and how."""
+
+    name: str
+    job: str
+    parents: tuple[str, ...]  # those of them that the run has
+    content: Callable[[Run], dict[str, Any]]
+    make: Callable[[Run, Publication], None]
+    wanted: Callable[[Run], bool]
+
+
+def find_weights(uri: str) -> str:
+    """The folder of weights behind a URI: such a folder, a pretrain dataset, or a run (its current pretraining)."""
+    run_file = join(uri, "run.json")
+    if exists(run_file):
+        current = json.loads(read_bytes(run_file))["datasets"]
+        if "pretrain" not in current:
+            raise ConfigError(f"embed.weights={uri}: that run pretrained nothing")
+        uri = join(uri, current["pretrain"])
+    dataset = find_dataset(uri)
+    return weights_folder(dataset) if dataset else uri
+
+
+def weights_folder(pretrained: Dataset) -> str:
+    from urbanclip_ray.model.weights import WEIGHTS_FILE
+
+    return pretrained.file_uri(WEIGHTS_FILE).rsplit("/", 1)[0]
+
+
+def _tiles(run: Run, publication: Publication) -> None:
+    from urbanclip_ray.sources.ingest import ingest_tiles
+
+    ingest_tiles(run.source, run.config.ingest, publication)
+
+
+def _labels(run: Run, publication: Publication) -> None:
+    from urbanclip_ray.sources.ingest import collect_labels
+
+    collect_labels(run.source.labels(), run.datasets["tiles"], publication)
+
+
+def _captions(run: Run, publication: Publication) -> None:
+    from urbanclip_ray.captioners.caption import caption_tiles
+
+    given = run.source.captions() if run.config.caption.captioner == "given" else None
+    caption_tiles(run.datasets["tiles"], run.config.caption, run.config.pixels, given, publication)
+
+
+def _pairs(run: Run, publication: Publication) -> None:
+    from urbanclip_ray.captioners.refine import refine_captions
+
+    refine_captions(run.datasets["captions"], run.config.refine, publication)
+
+
+def _splits(run: Run, publication: Publication) -> None:
+    from urbanclip_ray.evaluate.splits import publish_splits
+
+    publish_splits(run.datasets["tiles"], run.config.split, run.source.parts(), publication)
+
+
+def _shards(run: Run, publication: Publication) -> None:
+    from urbanclip_ray.train.pack import pack_shards
+
+    tiles, pairs, splits = (run.datasets[name] for name in ("tiles", "pairs", "splits"))
+    pack_shards(tiles, pairs, splits, run.config.split.outer, run.config.pack, publication)
+
+
+def _pretrain(run: Run, publication: Publication) -> None:
+    from urbanclip_ray.train.launch import pretrain
+
+    pretrain(run.config, run.datasets["shards"], publication)
+
+
+def _embed(run: Run, publication: Publication, untrained_seed: int | None) -> None:
+    from urbanclip_ray.evaluate.embed import embed_tiles
+
+    config = run.config
+    embed_tiles(run.datasets["tiles"], run.weights_uri(), config.embed, config.pixels, publication, untrained_seed)
+
+
+def _embeddings(run: Run, publication: Publication) -> None:
+    _embed(run, publication, None)
+
+
+def _untrained(run: Run, publication: Publication) -> None:
+    _embed(run, publication, run.config.model.seed)
+
+
+def _retrieval(run: Run, publication: Publication) -> None:
+    from urbanclip_ray.evaluate.retrieval import measure_retrieval
+
+    embeddings, pairs, splits = (run.datasets[name] for name in ("embeddings", "pairs", "splits"))
+    config = run.config
+    measure_retrieval(embeddings, pairs, splits, run.weights_uri(), config.split.outer, config.train.text_mode, publication)
+
+
+def _probe(run: Run, publication: Publication) -> None:
+    from urbanclip_ray.evaluate.probe import probe
+
+    config, made = run.config, run.datasets
+    embeddings = {"pretrained": made["embeddings"], "untrained": made["untrained"]}
+    probe(
+        made["labels"],
+        made["splits"],
+        made["tiles"],
+        embeddings,
+        config.probe,
+        config.pixels,
+        publication,
+        config.split.outer,
+    )
+
+
+def _embed_content(run: Run) -> dict[str, Any]:
+    weights = {} if run.pretrains else {"weights_digest": run.given_weights_digest}
+    return {"embed": run.config.embed.content(), "pixels": run.config.pixels.content()} | weights
+
+
+def _is_needed_for_probe(run: Run) -> bool:
+    return run.has_labels
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        "tiles",
+        "ingest",
+        (),
+        lambda run: {
+            "source": run.config.source.content(),
+            "ingest": run.config.ingest.content(),
+            "fingerprint": run.source.fingerprint(),
+        },
+        _tiles,
+        lambda _: True,
+    ),
+    Stage("labels", "ingest", ("tiles",), lambda _: {}, _labels, _is_needed_for_probe),
+    Stage(
+        "captions",
+        "caption",
+        ("tiles",),
+        lambda run: {"caption": run.config.caption.content(), "pixels": run.config.pixels.content()},
+        _captions,
+        lambda run: run.pretrains,
+    ),
+    Stage(
+        "pairs",
+        "refine",
+        ("captions",),
+        lambda run: {"refine": run.config.refine.content()},
+        _pairs,
+        lambda run: run.pretrains,
+    ),
+    Stage("splits", "split", ("tiles",), lambda run: {"split": run.config.split.content()}, _splits, lambda _: True),
+    Stage(
+        "shards",
+        "pack",
+        ("tiles", "pairs", "splits"),
+        lambda run: {"pack": run.config.pack.content(), "outer": run.config.split.outer},
+        _shards,
+        lambda run: run.pretrains,
+    ),
+    Stage(
+        "pretrain",
+        "pretrain",
+        ("shards",),
+        lambda run: {name: getattr(run.config, name).content() for name in ("model", "train", "pixels")},
+        _pretrain,
+        lambda run: run.pretrains,
+    ),
+    Stage("embeddings", "embed", ("tiles", "pretrain"), _embed_content, _embeddings, lambda _: True),
+    Stage(
+        "untrained",
+        "embed",
+        ("tiles", "pretrain"),
+        lambda run: _embed_content(run) | {"untrained_seed": run.config.model.seed},
+        _untrained,
+        _is_needed_for_probe,
+    ),
+    Stage(
+        "retrieval",
+        "embed",
+        ("embeddings", "pairs", "splits"),
+        lambda run: {"outer": run.config.split.outer, "text_mode": run.config.train.text_mode},
+        _retrieval,
+        lambda run: run.pretrains,
+    ),
+    Stage(
+        "probe",
+        "probe",
+        ("labels", "splits", "embeddings", "untrained", "tiles"),
+        lambda run: {"probe": run.config.probe.content(), "pixels": run.config.pixels.content()},
+        _probe,
+        _is_needed_for_probe,
+    ),
+)
