@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
 import ray.data
+from ray.data.block import Block, BlockAccessor
+from ray.data.datasource.datasink import TaskContext
 
-from urbanclip_ray.storage import Dataset, Publication, explain_os_error, resolve
+from urbanclip_ray.storage import Dataset, Publication, explain_os_error, join, resolve
 
 
 def connect() -> None:
@@ -25,7 +28,7 @@ def connect() -> None:
     if not sys.stderr.isatty():
         logging.getLogger("ray.data").setLevel(logging.WARNING)  # bars are for terminals, a log wants no frames
     context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True  # blocks in order; rows inside a written file may still move
+    context.execution_options.preserve_order = True
     context.print_on_execution_start = False
 
 
@@ -43,13 +46,30 @@ def conform(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
 
 
 def write(rows: ray.data.Dataset, publication: Publication, *, max_rows_per_file: int | None = None) -> None:
-    """Run the Ray Data job and write its rows below the publication."""
-    filesystem, path = resolve(publication.data_uri)
+    """Run the Ray Data job and write its rows below the publication, in order."""
     try:
-        rows.write_parquet(path, filesystem=filesystem, max_rows_per_file=max_rows_per_file)
+        rows.write_datasink(OrderedParquet(publication.data_uri, max_rows_per_file))
     except OSError as error:
         cause = getattr(error, "cause", None)  # Ray's wrapper is an OSError too, but without the number of a full disk
         raise explain_os_error(cause if isinstance(cause, OSError) else error, publication.uri) from error
+
+
+class OrderedParquet(ray.data.Datasink[None]):
+    """Parquet files whose rows lie as they came: Ray's own sink lets threads reorder the rows of a file.
+
+    A task that is run again writes over its own files, whose names are its number.
+    """
+
+    def __init__(self, uri: str, max_rows_per_file: int | None) -> None:
+        self._uri = uri
+        self._max_rows_per_file = max_rows_per_file
+
+    def write(self, blocks: Iterable[Block], ctx: TaskContext) -> None:
+        table = pa.concat_tables([BlockAccessor.for_block(block).to_arrow() for block in blocks])
+        step = self._max_rows_per_file or max(1, table.num_rows)
+        for number, first in enumerate(range(0, table.num_rows, step)):
+            filesystem, path = resolve(join(self._uri, f"part-{ctx.task_idx:06d}-{number:04d}.parquet"))
+            pq.write_table(table.slice(first, step), path, filesystem=filesystem)
 
 
 def map_tables(rows: ray.data.Dataset, function: Callable[[pa.Table], pa.Table], *, batch_size: int) -> ray.data.Dataset:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray.data
 
@@ -40,6 +41,17 @@ def test_rows_keep_their_order_through_read_map_and_write(tmp_path, ray_cluster)
         dataflow.write(dataflow.map_tables(dataflow.read(first, ["x"]), double, batch_size=3), publication)
         assert publication.read(["y"])["y"].to_pylist() == [2 * x for x in range(12)]
     assert open_dataset(str(tmp_path / "b")).read()["y"].to_pylist() == [2 * x for x in range(12)]
+
+
+def test_many_small_blocks_written_to_one_file_keep_their_order(tmp_path, ray_cluster):
+    dataflow.connect()
+    rows = ray.data.from_arrow([pa.table({"x": [number]}) for number in range(300)]).repartition(3)
+    with publish(str(tmp_path / "a"), "made", {}, {}) as publication:
+        dataflow.write(rows, publication, max_rows_per_file=40)
+        publication.count(unit="rows", rows_in=300, rows_out=300, rejects={})
+    written = open_dataset(str(tmp_path / "a"))
+    assert written.read()["x"].to_pylist() == list(range(300))
+    assert max(pq.read_metadata(path).num_rows for path in written.parquet_paths()) == 40
 
 
 def test_connecting_twice_stays_in_the_same_ray(ray_cluster):

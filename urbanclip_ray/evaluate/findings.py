@@ -112,9 +112,15 @@ def _spread(row: Json | None) -> str:
     if row is None or row["mean"] is None:
         return "–"
     # R² is compared across indicators, so its decimals are fixed; errors are in the indicator's own unit.
-    mean = f"{row['mean']:.3f}" if row["metric"] == "r2" else f"{row['mean']:.3g}"
-    spread = "" if row["std"] is None else f" ± {row['std']:.3f}" if row["metric"] == "r2" else f" ± {row['std']:.2g}"
+    is_r2 = row["metric"] == "r2"
+    mean = f"{row['mean']:.3f}" if is_r2 else _significant(row["mean"], 3)
+    spread = "" if row["std"] is None else " ± " + (f"{row['std']:.3f}" if is_r2 else _significant(row["std"], 2))
     return (mean + spread).replace("-", "−")
+
+
+def _significant(value: float, digits: int) -> str:
+    """Zeros that are significant stay: 4.00 beside 4.31."""
+    return f"{value:#.{digits}g}".rstrip(".")
 
 
 def score_table(record: Json) -> Json:

@@ -68,11 +68,9 @@ class ShardReader:
             table = pq.read_table(path, columns=["row_id", "part"], filesystem=self._filesystem)
             inside = np.flatnonzero(table["part"].to_numpy() == part)
             if len(inside):
-                # by row id: Ray's writer promises neither the order of rows in a file nor that of the files' names
-                row_ids = table["row_id"].to_numpy()[inside]
-                self._files.append((path, inside[np.argsort(row_ids)]))
-                first_ids.append(int(row_ids.min()))
-        self._files = [self._files[index] for index in np.argsort(first_ids)]
+                self._files.append((path, inside))
+                first_ids.append(table["row_id"][int(inside[0])].as_py())
+        self._files = [self._files[index] for index in np.argsort(first_ids)]  # Ray numbers files as it likes
         self.rows_per_file = [len(inside) for _, inside in self._files]
         self.num_rows = sum(self.rows_per_file)
         self._starts = np.concatenate([[0], np.cumsum(self.rows_per_file)]).astype(int)
