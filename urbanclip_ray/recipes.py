@@ -44,7 +44,7 @@ def world_demo() -> RunConfig:
 
 
 def rsicd_small() -> RunConfig:
-    """A 9-million-parameter CoCa on RSICD's own captions and test split, for two CPU cores (about 35 minutes)."""
+    """A 9-million-parameter CoCa on RSICD's own captions and test split, for two CPU cores (about half an hour)."""
     return RunConfig(
         run="rsicd_small",
         source=RsicdSource(),
@@ -53,7 +53,7 @@ def rsicd_small() -> RunConfig:
         refine=RefineConfig(min_words=1, max_words=100, repeats="keep"),
         split=SplitConfig(outer="source", val_share=0.05, num_draws=1),
         model=ModelConfig(architecture="coca_tiny_96", vocab_size=2000, patch_dropout=0.5),
-        train=TrainConfig(epochs=28, augment=AugmentConfig(min_area_share=0.4, flips=True, brightness=0.2)),
+        train=TrainConfig(epochs=24, augment=AugmentConfig(min_area_share=0.4, flips=True, brightness=0.2)),
     )
 
 

@@ -20,7 +20,12 @@ WORKER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # the patch prints every line twice
     "PYTHONWARNINGS": "ignore::FutureWarning",  # DeepSpeed's own calls of collectives that torch renames
 }
-CPU_ENVIRONMENT = {"DS_ACCELERATOR": "cpu"}  # DeepSpeed else warns of the CUDA that torch was built for
+CPU_ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",  # DeepSpeed else warns of the CUDA that torch was built for
+    # glibc else gives every large tensor back to the system and faults it in again, a tenth of a step's time
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+}
 
 
 def pretrain(config: RunConfig, shards: Dataset, publication: Publication) -> None:
