@@ -190,7 +190,8 @@ class TrainConfig(Section):
     validations: int = Field(default=5, ge=1)  # evenly over the run, the last one at its end
     max_validation_rows: int = Field(default=2048, ge=1)
     seed: int = 0
-    zero_stage: Literal[1] = execution(1)  # the only stage for now
+    # what the ranks share out: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights too
+    zero_stage: Literal[0, 1, 2, 3] = execution(1)
     checkpoint_every_steps: int = execution(100, ge=1)
     keep_checkpoints: int = execution(2, ge=1)
     max_failures: int = execution(2, ge=0)  # restarts after a lost worker before the run gives up

@@ -1,4 +1,4 @@
-"""Three optimizer steps of two ranks under DeepSpeed ZeRO are those of one process in plain torch.
+"""Optimizer steps of two ranks under DeepSpeed are those of one process in plain torch, in every stage of ZeRO.
 
 The reference takes the whole batch in one forward of open_clip's own model, text at full length.
 """
@@ -7,93 +7,64 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
+import safetensors.torch
 import torch
 from torch.nn import functional as F
 
 sys.path.append(str(Path(__file__).parent))  # ranks must be importable in the spawned processes too
 
 from ranks import run_ranks
+from small_training import CONFIG, CONTEXT, NUM_RANKS, VOCAB_SIZE, make_step, share_of, small_model, start
 
-from urbanclip_ray.config import ModelConfig, TrainConfig
-from urbanclip_ray.model.architectures import open_clip_config
-from urbanclip_ray.model.coca import CoCa, build_model
-from urbanclip_ray.train.batches import TrainBatch, TrainStep
+from urbanclip_ray.model.tokenize import train_bpe
 from urbanclip_ray.train.engine import learning_rate
 
-NUM_RANKS, NUM_STEPS = 2, 3
-VOCAB_SIZE, CONTEXT = 300, 24
-CONFIG = TrainConfig(
-    micro_batch_size=4,
-    contrastive_batch_size=8,
-    global_batch_size=16,  # two contrastive batches per step
-    lr=1e-3,
-    eps=1e-4,  # a gradient that is zero but for rounding must not become a step of AdamW
-    warmup_share=0.5,
-    weight_decay=0.5,
-    clip_norm=0.5,  # so that it clips
-    contrastive_weight=0.7,
-    caption_weight=1.3,
-    max_logit_scale=14.2,  # below the initial one, so that the clamp acts
-    precision="fp32",
-)
+FEW_STEPS, MANY_STEPS = 3, 50
+TOKENIZER = train_bpe(["a river beside fields"], VOCAB_SIZE, CONTEXT)  # exported weights have one
+# ZeRO-3 also with nothing resident; it comes last, as it replaces torch's linear layer for the rest of the process
+VARIANTS = {"0": (0, True), "1": (1, True), "2": (2, True), "3": (3, True), "3 without residents": (3, False)}
 
 
-def small_model() -> CoCa:
-    return build_model(open_clip_config(ModelConfig(architecture="coca_test_16"), VOCAB_SIZE), seed=0)
-
-
-def make_step(step: int) -> dict[str, torch.Tensor]:
-    """The global batch of a step, text at full length; the second rank's texts are longer, some texts are equal."""
-    random = torch.Generator().manual_seed(step)
-    tokens = torch.zeros(CONFIG.global_batch_size, CONTEXT, dtype=torch.int64)
-    for row in range(CONFIG.global_batch_size):
-        is_second_rank = row // CONFIG.micro_batch_size % NUM_RANKS == 1
-        length = int(torch.randint(12, CONTEXT + 1 if is_second_rank else 14, (1,), generator=random))
-        length = length if is_second_rank else length - 8
-        tokens[row, :length] = torch.randint(4, VOCAB_SIZE, (length,), generator=random)
-    for row, twin in ((5, 1), (2, 3), (14, 8), (9, 3)):  # across ranks, within one, and between contrastive batches
-        tokens[row] = tokens[twin]
-    keys = torch.tensor([hash(tuple(row)) >> 1 for row in tokens.tolist()])
-    return {"images": torch.randn(len(tokens), 3, 16, 16, generator=random), "tokens": tokens, "keys": keys}
-
-
-def share_of(rank: int, step: int) -> TrainStep:
-    """The micro-batches of a rank, each trimmed to its own longest text, as the tokenizer makes them."""
-    batch, micro = make_step(step), []
-    for first in range(rank * CONFIG.micro_batch_size, CONFIG.global_batch_size, CONFIG.contrastive_batch_size):
-        rows = slice(first, first + CONFIG.micro_batch_size)
-        tokens = batch["tokens"][rows]
-        longest = int((tokens != 0).sum(dim=1).max())
-        tokens = tokens[:, : min(longest + 1, CONTEXT)]
-        micro.append(TrainBatch(batch["images"][rows], tokens, batch["keys"][rows], torch.arange(rows.start, rows.stop)))
-    return TrainStep(step, 0, micro)
-
-
-def train_in_rank() -> dict[str, object]:
+def train_in_rank(num_steps: int) -> dict[str, dict[str, Any]]:
+    """What every variant trains to, by its name."""
     import torch.distributed as dist
 
-    from urbanclip_ray.train.engine import fragments, start_engine
+    from urbanclip_ray.model.weights import WEIGHTS_FILE, weight_files
+    from urbanclip_ray.train.fragments import fragments, whole_weights
     from urbanclip_ray.train.loop import take_step
 
-    engine = start_engine(small_model(), CONFIG)
-    rank = dist.get_rank()
-    records = [take_step(engine, share_of(rank, step), NUM_STEPS, CONFIG) for step in range(NUM_STEPS)]
-    weights = {name: value.detach().numpy() for name, value in engine.module.named_parameters()}
-    num_owned = sum(fragment.numel for fragment in fragments(engine))
-    places = [batch.tokens.shape[1] for batch in share_of(rank, 0).micro_batches]
-    return {"records": records, "weights": weights, "num_owned": num_owned, "places": places}
+    found = {}
+    for name, (stage, resident) in VARIANTS.items():
+        engine = start(small_model(), stage, resident)
+        rank = dist.get_rank()
+        records = [take_step(engine, share_of(rank, step), num_steps, CONFIG) for step in range(num_steps)]
+        num_held = sum(value.numel() for value in engine.module.parameters())
+        with whole_weights(engine):
+            weights = {name: value.detach().clone().numpy() for name, value in engine.module.named_parameters()}
+            exported = weight_files(engine.module, TOKENIZER)[WEIGHTS_FILE]
+        found[name] = {
+            "records": records,
+            "weights": weights,
+            "exported": exported,
+            "num_held": num_held,
+            "num_updated": sum(fragment.numel for fragment in fragments(engine)),
+            "places": [batch.tokens.shape[1] for batch in share_of(rank, 0).micro_batches],
+        }
+    return found
 
 
-def reference() -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
+def reference(num_steps: int) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
     model = small_model()
     decaying = [value for value in model.parameters() if value.ndim >= 2]
     others = [value for value in model.parameters() if value.ndim < 2]
     groups = [{"params": decaying, "weight_decay": CONFIG.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=CONFIG.lr, betas=(CONFIG.beta1, CONFIG.beta2), eps=CONFIG.eps)
     records = []
-    for step in range(NUM_STEPS):
+    for step in range(num_steps):
         batch = make_step(step)
         output = model.inner(batch["images"], batch["tokens"])
         contrastive = torch.stack(
@@ -111,7 +82,7 @@ def reference() -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CONFIG.clip_norm)
         assert float(norm) > CONFIG.clip_norm
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, NUM_STEPS, CONFIG)
+            group["lr"] = learning_rate(step, num_steps, CONFIG)
         optimizer.step()
         with torch.no_grad():
             model.inner.logit_scale.clamp_(0, float(np.log(CONFIG.max_logit_scale)))
@@ -127,20 +98,57 @@ def plain_contrastive(image: torch.Tensor, text: torch.Tensor, keys: torch.Tenso
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
-def test_two_ranks_train_as_one_process_does():
-    records, weights = reference()
-    ranks = run_ranks(train_in_rank, NUM_RANKS)
+def assert_near(found: dict[str, Any], records: list[dict[str, float]], weights: dict[str, np.ndarray], rtol: float) -> None:
+    for record, expected in zip(found["records"], records, strict=True):
+        for name, value in expected.items():
+            assert abs(record[name] - value) <= rtol * abs(value), (record["step"], name)
+    for name, expected in weights.items():
+        assert np.abs(found["weights"][name] - expected).max() <= rtol * np.abs(expected).max(), name
+
+
+@pytest.fixture(scope="module")
+def few_steps() -> list[dict[str, dict[str, Any]]]:
+    return run_ranks(train_in_rank, NUM_RANKS, FEW_STEPS)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_ranks_train_as_one_process_does(few_steps, variant):
+    records, weights = reference(FEW_STEPS)
+    ranks = [rank[variant] for rank in few_steps]
     assert ranks[0]["places"] != ranks[1]["places"]  # the ranks' texts are trimmed to different lengths
-    num_parameters = sum(value.size for value in weights.values())
-    assert sum(rank["num_owned"] for rank in ranks) == num_parameters  # the optimizer is sharded, nothing is held twice
-    assert all(0.3 < rank["num_owned"] / num_parameters < 0.7 for rank in ranks)
     initial = {name: value.detach().numpy() for name, value in small_model().named_parameters()}
     for rank in ranks:
-        for found, expected in zip(rank["records"], records, strict=True):
-            for name, value in expected.items():
-                assert abs(found[name] - value) <= 1e-5 * abs(value), (found["step"], name)
-        for name, expected in weights.items():
-            found = rank["weights"][name]
-            assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max(), name
-            assert not np.array_equal(expected, initial[name]), name  # every parameter was trained
+        assert_near(rank, records, weights, rtol=1e-5)
+    for name, value in weights.items():
+        assert not np.array_equal(value, initial[name]), name  # every parameter was trained
     assert weights["inner.logit_scale"] <= np.float32(np.log(CONFIG.max_logit_scale)) < initial["inner.logit_scale"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_stages_share_out_what_they_say(few_steps, variant):
+    num_parameters = sum(value.numel() for value in small_model().parameters())
+    ranks = [rank[variant] for rank in few_steps]
+    if variant == "0":
+        assert [rank["num_updated"] for rank in ranks] == [num_parameters] * NUM_RANKS
+    else:
+        assert sum(rank["num_updated"] for rank in ranks) == num_parameters  # nothing is held twice
+        assert all(0.3 < rank["num_updated"] / num_parameters < 0.7 for rank in ranks)
+    expected = 0 if variant == "3 without residents" else num_parameters
+    assert [rank["num_held"] for rank in ranks] == [expected] * NUM_RANKS  # between steps, and not shared out
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_rank_would_export_the_weights_that_all_train(few_steps, variant):
+    first, second = (rank[variant] for rank in few_steps)
+    assert first["exported"] == second["exported"]
+    loaded = safetensors.torch.load(first["exported"])
+    assert loaded["logit_scale"].shape == ()  # as open_clip has it
+    for name, value in first["weights"].items():
+        np.testing.assert_array_equal(loaded[name.removeprefix("inner.")].numpy().reshape(value.shape), value)
+
+
+def test_after_fifty_steps_all_stages_are_still_where_one_process_is():
+    records, weights = reference(MANY_STEPS)
+    (found, _) = run_ranks(train_in_rank, NUM_RANKS, MANY_STEPS)
+    for variant in VARIANTS:
+        assert_near(found[variant], records, weights, rtol=1e-4)

@@ -60,7 +60,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(override, parts):
         ("train.lr=NaN", "train.lr", "nan"),
         ("train.lr=0", "train.lr", "0"),
         ("train.epochs=2.5", "train.epochs", "2.5"),
-        ("train.zero_stage=2", "train.zero_stage", "2"),
+        ("train.zero_stage=4", "train.zero_stage", "4"),
         ("train.augment.min_area_share=0", "train.augment.min_area_share", "0"),
         ("caption.captioner=gpt", "caption.captioner", "'gpt'"),
         ("split.also=[blocks, everywhere]", "split.also.1", "'everywhere'"),
@@ -182,7 +182,7 @@ def test_configs_are_frozen_and_unknown_fields_are_refused_on_construction():
     [
         (IngestConfig(), IngestConfig(tiles_per_batch=7)),
         (CaptionConfig(), CaptionConfig(num_actors=9, tiles_per_batch=1)),
-        (TrainConfig(), TrainConfig(checkpoint_every_steps=1, keep_checkpoints=9, max_failures=0)),
+        (TrainConfig(), TrainConfig(zero_stage=3, checkpoint_every_steps=1, keep_checkpoints=9, max_failures=0)),
         (EmbedConfig(), EmbedConfig(num_actors=5, gpus_per_actor=0.5, tiles_per_batch=1)),
         (ResourcesConfig(), ResourcesConfig(num_workers=7, cpus_per_worker=3, use_gpu=True)),
     ],

@@ -28,7 +28,7 @@ USES_RAY = {
     "urbanclip_ray.evaluate.retrieval",
     "urbanclip_ray.evaluate.baselines",
 }
-USES_DEEPSPEED = {"urbanclip_ray.train.engine", "urbanclip_ray.train.checkpoint"}
+USES_DEEPSPEED = {"urbanclip_ray.train.engine", "urbanclip_ray.train.fragments"}
 
 
 class Import(NamedTuple):
@@ -122,10 +122,8 @@ def test_ray_is_used_only_where_work_is_distributed():
     assert importers("urbanclip_ray.dataflow") <= USES_RAY
 
 
-def test_deepspeed_is_used_only_by_the_engine_and_its_checkpoints():
-    found = importers("deepspeed")
-    assert found
-    assert found <= USES_DEEPSPEED
+def test_deepspeed_is_used_only_by_the_engine_and_its_fragments():
+    assert importers("deepspeed") == USES_DEEPSPEED
 
 
 def test_only_the_command_line_runs_the_pipeline_and_imports_it_late():

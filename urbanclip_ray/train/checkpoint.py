@@ -5,7 +5,8 @@
                               commit.json              written last by rank 0: names, sizes and checksums of all files
 
 A folder without the marker does not exist. The newest marker whose files are whole is resumed from; a damaged one is named
-and the one before it is used.
+and the one before it is used. A fragment says which values of which parameter it holds, so what one stage of ZeRO wrote is
+read by every other.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from urbanclip_ray.storage import StorageError, delete_folder, join, read_bytes, resolve, write_bytes
-from urbanclip_ray.train.engine import MOMENTS, allocate_moments, fragments
+from urbanclip_ray.train.fragments import MOMENTS, allocate_moments, fragments, written_fragments
 
 COMMIT = "commit.json"
 RANDOM_STATE, CUDA_RANDOM_STATE = "random_state", "cuda_random_state"
@@ -46,7 +47,7 @@ def save_checkpoint(engine: Any, root: str, step: int, history: dict[str, Any], 
     if engine.device.type == "cuda":
         tensors[CUDA_RANDOM_STATE] = torch.cuda.get_rng_state()
     index = []
-    for number, fragment in enumerate(fragments(engine)):
+    for number, fragment in enumerate(written_fragments(engine)):
         index.append({"key": str(number), "name": fragment.name, "start": fragment.start, "numel": fragment.numel})
         tensors[f"{number}.weight"] = fragment.weight.detach().cpu().contiguous()
         for moment in MOMENTS:
@@ -113,19 +114,11 @@ def _read(uri: str) -> Checkpoint:
 
 def fill_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Copy all ranks' weight fragments into the model; before `deepspeed.initialize`, which copies them on."""
-    parameters = dict(model.named_parameters())
-    missing = {name: parameter.numel() for name, parameter in parameters.items()}
-    for rank in range(checkpoint.num_ranks):
-        tensors, index = _rank_files(checkpoint, rank)
-        for entry in index:
-            name, start, numel = entry["name"], entry["start"], entry["numel"]
-            if name not in parameters:
-                raise StorageError(f"{checkpoint.uri} has a parameter {name!r} that the model lacks")
-            with torch.no_grad():
-                parameters[name].view(-1)[start : start + numel] = tensors[f"{entry['key']}.weight"]
-            missing[name] -= numel
-    if lacking := [name for name, count in missing.items() if count]:
-        raise StorageError(f"{checkpoint.uri} does not hold all of {', '.join(lacking[:3])}")
+    parts = {name: _Part(0, value.numel(), {"weight": value.detach().view(-1)}) for name, value in model.named_parameters()}
+    for entry in (entry for rank in range(checkpoint.num_ranks) for entry in _index(checkpoint, rank)):
+        if entry["name"] not in parts:
+            raise StorageError(f"{checkpoint.uri} has a parameter {entry['name']!r} that the model lacks")
+    _fill(parts, checkpoint)
 
 
 def restore_rank(engine: Any, checkpoint: Checkpoint) -> None:
@@ -135,21 +128,50 @@ def restore_rank(engine: Any, checkpoint: Checkpoint) -> None:
             f"{checkpoint.uri} was written by {checkpoint.num_ranks} ranks and is resumed by {dist.get_world_size()}: "
             f"set resources.num_workers={checkpoint.num_ranks} (and the batch sizes that go with it)"
         )
-    tensors, index = _rank_files(checkpoint, dist.get_rank())
-    keys = {(entry["name"], entry["start"], entry["numel"]): entry["key"] for entry in index}
     allocate_moments(engine, checkpoint.step)
-    for fragment in fragments(engine):
-        key = keys[fragment.name, fragment.start, fragment.numel]
-        for moment, value in fragment.moments.items():
-            value.copy_(tensors[f"{key}.{moment}"])
+    _fill({mine.name: _Part(mine.start, mine.numel, mine.moments) for mine in fragments(engine)}, checkpoint)
+    tensors = _tensors(checkpoint, dist.get_rank())
     torch.set_rng_state(tensors[RANDOM_STATE])
     if CUDA_RANDOM_STATE in tensors and engine.device.type == "cuda":
         torch.cuda.set_rng_state(tensors[CUDA_RANDOM_STATE])
 
 
-def _rank_files(checkpoint: Checkpoint, rank: int) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    tensors = safetensors.torch.load(checkpoint.files[f"rank-{rank:05d}.safetensors"])
-    return tensors, json.loads(checkpoint.files[f"rank-{rank:05d}.json"])["fragments"]
+class _Part(NamedTuple):
+    """What is to be filled of a parameter: `numel` values from `start` on, flat, by kind (weight or a moment)."""
+
+    start: int
+    numel: int
+    values: dict[str, Tensor]
+
+
+def _fill(parts: dict[str, _Part], checkpoint: Checkpoint) -> None:
+    """Copy what the parts share with the fragments of all ranks; raises StorageError where values stay unfilled."""
+    missing = {name: part.numel for name, part in parts.items()}
+    for rank in range(checkpoint.num_ranks):
+        tensors = _tensors(checkpoint, rank)
+        for entry in _index(checkpoint, rank):
+            if (part := parts.get(entry["name"])) is None:
+                continue
+            start, end = entry["start"], entry["start"] + entry["numel"]
+            first, last = max(start, part.start), min(end, part.start + part.numel)
+            if first >= last:
+                continue
+            for kind, values in part.values.items():
+                source = tensors[f"{entry['key']}.{kind}"]
+                values[first - part.start : last - part.start] = source[first - start : last - start]
+            missing[entry["name"]] -= last - first
+    if lacking := [name for name, count in missing.items() if count]:
+        raise StorageError(f"{checkpoint.uri} does not hold all of {', '.join(lacking[:3])}")
+
+
+def _tensors(checkpoint: Checkpoint, rank: int) -> dict[str, Tensor]:
+    loaded: dict[str, Tensor] = safetensors.torch.load(checkpoint.files[f"rank-{rank:05d}.safetensors"])
+    return loaded
+
+
+def _index(checkpoint: Checkpoint, rank: int) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = json.loads(checkpoint.files[f"rank-{rank:05d}.json"])["fragments"]
+    return entries
 
 
 def _sha256(data: bytes) -> str:

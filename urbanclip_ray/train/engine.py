@@ -1,38 +1,30 @@
-"""The model under DeepSpeed: its config dict, derived here alone, its optimizer, and access to its fp32 fragments."""
+"""The model under DeepSpeed: its config dict, derived here alone, its optimizer and its learning rate."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from urbanclip_ray.config import TrainConfig
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class Fragment(NamedTuple):
-    """The part of a parameter that this rank updates: `numel` values from `start` of the flattened parameter."""
-
-    name: str
-    start: int
-    numel: int
-    weight: Tensor
-    moments: dict[str, Tensor]
+REDUCE_BUCKET_NUMEL = 50_000_000  # 200 MB of fp32 gradients; DeepSpeed's default takes 2 GB, however small the model is
 
 
 def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
-    """DeepSpeed's dict. Parameters stay in fp32; bf16 comes from autocast, gradients are reduced in fp32."""
+    """DeepSpeed's dict, for every stage of ZeRO alike.
+
+    Parameters stay in fp32; bf16 comes from autocast, gradients are reduced in fp32.
+    """
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": config.global_batch_size // config.contrastive_batch_size,
         "gradient_clipping": config.clip_norm,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": REDUCE_BUCKET_NUMEL},
         "torch_autocast": {
             "enabled": config.precision == "bf16",
             "dtype": "bfloat16",
@@ -82,42 +74,3 @@ def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:
 def set_learning_rate(engine: Any, lr: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-
-
-def fragments(engine: Any) -> Iterator[Fragment]:
-    """What this rank owns of every parameter, as views: writing to them changes the optimizer's own copy (ZeRO 1 and 2).
-
-    `moments` is empty before the first step, unless :func:`allocate_moments` was called.
-    """
-    zero = engine.optimizer
-    for name, parameter in engine.module.named_parameters():
-        mapping = parameter._hp_mapping
-        if mapping is None:
-            continue
-        inside, flat = mapping.hp_fragment_address, zero.single_partition_of_fp32_groups[mapping.param_group_index]
-        # not mapping.optim_fragment: DeepSpeed links it after the first group's step, when other groups have no state yet
-        state = zero.optimizer.state.get(flat, {})
-        moments = {moment: state[moment].narrow(0, inside.start, inside.numel) for moment in MOMENTS if moment in state}
-        address = mapping.lp_fragment_address
-        yield Fragment(name, address.start, address.numel, mapping.get_hp_fragment(), moments)
-
-
-def allocate_moments(engine: Any, steps_taken: int) -> None:
-    """Create AdamW's state before the first step, so that a checkpoint's moments can be copied in."""
-    zero = engine.optimizer
-    for flat in zero.single_partition_of_fp32_groups:
-        zero.optimizer.state[flat] = {
-            "step": torch.tensor(float(steps_taken)),
-            **{moment: torch.zeros_like(flat) for moment in MOMENTS},
-        }
-
-
-@torch.no_grad()
-def clamp_parameter(engine: Any, suffix: str, low: float, high: float) -> None:
-    """Clamp a parameter where it lives: in the module and in the fp32 copy that the optimizer updates."""
-    for name, parameter in engine.module.named_parameters():
-        if name.endswith(suffix):
-            parameter.clamp_(low, high)
-    for fragment in fragments(engine):
-        if fragment.name.endswith(suffix):
-            fragment.weight.clamp_(low, high)

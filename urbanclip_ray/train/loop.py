@@ -20,7 +20,8 @@ from urbanclip_ray.storage import join, open_dataset, write_bytes
 from urbanclip_ray.train.batches import BatchMaker, TrainStep, prefetch, train_steps
 from urbanclip_ray.train.checkpoint import fill_weights, find_checkpoint, restore_rank, save_checkpoint
 from urbanclip_ray.train.curves import Curves
-from urbanclip_ray.train.engine import attention_kernel, clamp_parameter, learning_rate, set_learning_rate, start_engine
+from urbanclip_ray.train.engine import attention_kernel, learning_rate, set_learning_rate, start_engine
+from urbanclip_ray.train.fragments import clamp_parameter, whole_weights
 from urbanclip_ray.train.gather import gather_rows
 from urbanclip_ray.train.shards import ShardReader, count_steps
 from urbanclip_ray.train.validate import validate
@@ -84,9 +85,11 @@ def train_rank(spec: TrainSpec) -> None:
             show_validation(figures, taken, num_steps, rank)
         if taken % config.checkpoint_every_steps == 0 and taken < num_steps:
             save_checkpoint(engine, spec.checkpoints_uri, taken, curves.history, config.keep_checkpoints)
+    with whole_weights(engine):
+        files = weight_files(engine.module, tokenizer) if rank == 0 else {}
+    for name, data in files.items():
+        write_bytes(join(spec.results_uri, name), data)
     if rank == 0:
-        for name, data in weight_files(engine.module, tokenizer).items():
-            write_bytes(join(spec.results_uri, name), data)
         write_bytes(join(spec.results_uri, "history.json"), json.dumps(curves.history).encode())
     curves.close()
     dist.barrier()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from urbanclip_ray.model.tokenize import TextTokenizer
 from urbanclip_ray.train.batches import BatchMaker
 from urbanclip_ray.train.shards import ShardReader
 
+T = TypeVar("T")
+
 
 @torch.no_grad()
 def validate(
@@ -29,33 +32,55 @@ def validate(
     """
     engine.eval()
     num_rows = min(reader.num_rows, config.max_validation_rows)
-    places = np.arange(dist.get_rank(), num_rows, dist.get_world_size())
-    mine: dict[str, list[Tensor]] = {name: [] for name in ("image", "text", "key", "all_texts", "owner")}
+    places = list(range(dist.get_rank(), num_rows, dist.get_world_size()))
+    mine: dict[str, list[Tensor]] = {name: [] for name in ("image", "text", "key")}
     caption_sum, caption_count, scale = 0.0, 0, torch.ones(())
-    for first in range(0, len(places), config.micro_batch_size):
-        chosen = places[first : first + config.micro_batch_size]
-        rows = list(reader.rows(chosen))
+    texts: list[str] = []
+    owner: list[int] = []
+    for chosen in _equally_many(places, config.micro_batch_size, engine.device):
+        rows = list(reader.rows(np.array(chosen or [0])))
         batch = maker.validation(rows)
         output = engine(batch.images.to(engine.device), batch.tokens.to(engine.device))
-        shown = [shown_texts(row["texts"], config.text_mode) for row in rows]
-        texts = [text for of_tile in shown for text in of_tile]
-        owner = [int(place) for place, of_tile in zip(chosen, shown, strict=True) for _ in of_tile]
+        scale = output.logit_scale.cpu()
+        if not chosen:
+            continue
         mine["image"].append(output.image.cpu())
         mine["text"].append(output.text.cpu())
         mine["key"].append(batch.text_keys)
-        mine["all_texts"] += [
-            engine(None, tokenizer.encode(texts[at : at + config.micro_batch_size]).to(engine.device)).text.cpu()
-            for at in range(0, len(texts), config.micro_batch_size)
-        ]
-        mine["owner"].append(torch.tensor(owner))
+        for place, row in zip(chosen, rows, strict=True):
+            shown = shown_texts(row["texts"], config.text_mode)
+            texts += shown
+            owner += [place] * len(shown)
         caption_sum += float(output.caption_sum)
         caption_count += int(output.caption_count)
-        scale = output.logit_scale.cpu()
+    all_texts = _embed(engine, texts, tokenizer, config.micro_batch_size)
     engine.train()
     shares: list[Any] = [None] * dist.get_world_size()
     share = {name: torch.cat(parts) for name, parts in mine.items() if parts}
+    share |= {"all_texts": all_texts, "owner": torch.tensor(owner, dtype=torch.int64)}
     dist.all_gather_object(shares, share | {"caption": (caption_sum, caption_count), "places": places})
     return _summarise(shares, scale, config)
+
+
+def _equally_many(items: list[T], size: int, device: torch.device) -> Iterator[list[T]]:
+    """Batches of this rank's items, as many as the rank with the most has: one that runs out gets empty ones.
+
+    ZeRO-3 gathers weights in every forward, so all ranks must do equally many; for an empty batch the caller does one whose
+    result it drops.
+    """
+    num_batches = torch.tensor(-(-len(items) // size), device=device)
+    dist.all_reduce(num_batches, dist.ReduceOp.MAX)
+    for number in range(int(num_batches)):
+        yield items[number * size : (number + 1) * size]
+
+
+def _embed(engine: Any, texts: list[str], tokenizer: TextTokenizer, size: int) -> Tensor:
+    """[texts, width], on the CPU."""
+    parts = []
+    for chosen in _equally_many(texts, size, engine.device):
+        embedded = engine(None, tokenizer.encode(chosen or [""]).to(engine.device)).text
+        parts.append(embedded[: len(chosen)].cpu())
+    return torch.cat(parts)
 
 
 def _summarise(shares: list[Any], scale: Tensor, config: TrainConfig) -> dict[str, float]:

@@ -38,7 +38,8 @@ def save_in_rank(root: str) -> dict[str, list]:
     import torch.distributed as dist
 
     from urbanclip_ray.train.checkpoint import restore_rank, save_checkpoint
-    from urbanclip_ray.train.engine import MOMENTS, fragments, start_engine
+    from urbanclip_ray.train.engine import start_engine
+    from urbanclip_ray.train.fragments import MOMENTS, fragments
 
     def state(engine):
         return [

@@ -20,9 +20,16 @@ def test_deepspeeds_dict_follows_from_ours():
     assert found["train_micro_batch_size_per_gpu"] == 8
     assert found["gradient_accumulation_steps"] == 4  # contrastive batches of an optimizer step
     assert found["gradient_clipping"] == 0.5
-    assert found["zero_optimization"]["stage"] == 1
     assert "optimizer" not in found  # ours is passed in
     assert "scheduler" not in found
+
+
+def test_the_stage_is_one_value_and_changes_nothing_else():
+    found = {stage: deepspeed_config(CONFIG.model_copy(update={"zero_stage": stage})) for stage in (0, 1, 2, 3)}
+    assert found[1] == deepspeed_config(CONFIG)
+    for stage, config in found.items():
+        assert config["zero_optimization"].pop("stage") == stage
+    assert found[0] == found[1] == found[2] == found[3]
 
 
 @pytest.mark.parametrize(("precision", "autocast"), [("bf16", True), ("fp32", False)])

@@ -1,0 +1,133 @@
+"""Checkpoints between the stages of ZeRO, and bf16 in each: what one stage wrote, every stage goes on from."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.append(str(Path(__file__).parent))  # ranks must be importable in the spawned processes too
+
+from ranks import run_ranks
+from small_training import CONFIG, NUM_RANKS, share_of, small_model, start
+
+BEFORE, AFTER = 2, 3  # optimizer steps before and after the checkpoint
+HISTORY: dict[str, Any] = {"train": [], "validation": []}
+STAGES = {"0": (0, True), "1": (1, True), "2": (2, True), "3": (3, True), "3 without residents": (3, False)}
+CHANGES = [("1", "3"), ("3", "0"), ("0", "2"), ("2", "3 without residents"), ("3 without residents", "1")]
+PATCH_DROPOUT = 0.5  # so that the random state matters
+
+
+def train_on(engine: Any, first: int, last: int) -> list[dict[str, float]]:
+    import torch.distributed as dist
+
+    from urbanclip_ray.train.loop import take_step
+
+    rank = dist.get_rank()
+    return [take_step(engine, share_of(rank, step), BEFORE + AFTER, CONFIG) for step in range(first, last)]
+
+
+def weights_of(engine: Any) -> dict[str, np.ndarray]:
+    from urbanclip_ray.train.fragments import whole_weights
+
+    with whole_weights(engine):
+        return {name: value.detach().clone().numpy() for name, value in engine.module.named_parameters()}
+
+
+def state_of(engine: Any) -> list[tuple[str, int, list[list[float]]]]:
+    from urbanclip_ray.train.fragments import fragments
+
+    found = []
+    for fragment in fragments(engine):
+        found.append((fragment.name, fragment.start, [fragment.weight.tolist()]))
+        found[-1][2].extend(values.tolist() for values in fragment.moments.values())
+    return found
+
+
+def save_and_resume_in_rank(root: str) -> dict[str, Any]:
+    """Every stage writes a checkpoint and trains on; then every stage, and every change of stage, goes on from one."""
+    import torch
+
+    from urbanclip_ray.train.checkpoint import fill_weights, find_checkpoint, restore_rank, save_checkpoint
+    from urbanclip_ray.train.fragments import written_fragments
+
+    start(small_model(), stage=3)  # replaces torch's linear layer for good: now, so that all runs below have the same
+    found: dict[str, Any] = {}
+    for name, (stage, resident) in STAGES.items():
+        torch.manual_seed(7)
+        engine = start(small_model(PATCH_DROPOUT), stage, resident)
+        train_on(engine, 0, BEFORE)
+        save_checkpoint(engine, f"{root}/{name}", BEFORE, HISTORY, keep=1)
+        written = [(part.name, part.start, part.numel) for part in written_fragments(engine)]
+        state = state_of(engine)
+        records = train_on(engine, BEFORE, BEFORE + AFTER)
+        found[name] = {"written": written, "state": state, "records": records, "weights": weights_of(engine)}
+    for writer, reader in [*zip(STAGES, STAGES, strict=True), *CHANGES]:
+        checkpoint = find_checkpoint(f"{root}/{writer}")
+        assert checkpoint is not None
+        model = small_model(PATCH_DROPOUT)
+        fill_weights(model, checkpoint)
+        torch.manual_seed(99)
+        engine = start(model, *STAGES[reader])
+        restore_rank(engine, checkpoint)
+        state = state_of(engine)
+        records = train_on(engine, BEFORE, BEFORE + AFTER)
+        found[f"{writer} to {reader}"] = {"state": state, "records": records, "weights": weights_of(engine)}
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict[str, Any]]:
+    return run_ranks(save_and_resume_in_rank, NUM_RANKS, str(tmp_path_factory.mktemp("stages")))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_ranks_together_write_every_value_once(ranks, name):
+    written = sorted(part for rank in ranks for part in rank[name]["written"])
+    for parameter, value in small_model().named_parameters():
+        parts = [(start, numel) for owner, start, numel in written if owner == parameter]
+        ends = [start + numel for start, numel in parts]
+        assert [start for start, _ in parts] == [0, *ends[:-1]], parameter  # end to end, nothing twice
+        assert ends[-1] == value.numel(), parameter
+    shares = [sum(numel for _, _, numel in rank[name]["written"]) for rank in ranks]
+    assert min(shares) > 0.3 * sum(shares)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_goes_on_exactly_where_it_was(ranks, name):
+    for rank in ranks:
+        expected, found = rank[name], rank[f"{name} to {name}"]
+        assert found["state"] == expected["state"]
+        assert found["records"] == expected["records"]
+        for parameter, value in expected["weights"].items():
+            np.testing.assert_array_equal(found["weights"][parameter], value, err_msg=parameter)
+
+
+@pytest.mark.parametrize(("writer", "reader"), CHANGES)
+def test_another_stage_goes_on_from_the_same_state(ranks, writer, reader):
+    for rank in ranks:
+        expected, found = rank[writer], rank[f"{writer} to {reader}"]
+        for record, other in zip(found["records"], expected["records"], strict=True):
+            assert record == pytest.approx(other, rel=1e-5, abs=1e-7)
+        for parameter, value in expected["weights"].items():
+            assert np.abs(found["weights"][parameter] - value).max() <= 1e-5 * np.abs(value).max(), parameter
+
+
+def train_bf16_in_rank() -> dict[str, list[float]]:
+    config = CONFIG.model_copy(update={"precision": "bf16"})
+    found = {"fp32": [record["loss"] for record in train_on(start(small_model(), 0), 0, BEFORE + AFTER)]}
+    for name, (stage, resident) in STAGES.items():  # last, as autocast stays initialised for the rest of the process
+        engine = start(small_model(), stage, resident, config)
+        found[name] = [record["loss"] for record in train_on(engine, 0, BEFORE + AFTER)]
+    return found
+
+
+@pytest.mark.slow
+def test_bf16_trains_alike_in_every_stage():
+    (found, _) = run_ranks(train_bf16_in_rank, NUM_RANKS)
+    for name in STAGES:
+        assert found[name] != found["fp32"]  # it is another precision
+        np.testing.assert_allclose(found[name], found["fp32"], rtol=0.01)
