@@ -39,7 +39,7 @@ def config(tmp_path) -> RunConfig:
 
 
 @pytest.fixture
-def made(monkeypatch) -> list[str]:
+def made(monkeypatch, ray_cluster) -> list[str]:
     """Stages write a word instead of data; the names of those that were made."""
     names: list[str] = []
 
