@@ -50,6 +50,8 @@ def refuse_unfit_run(given: RunConfig, run: Run, only: Sequence[str] | None) -> 
     refuse_paths_of_one_host(run.config, cluster)
     for demand in demands:
         refuse_impossible(demand, cluster)
+        if cluster.places_now(demand.resources) < demand.count:
+            print(f"more nodes must come: {describe_places(demand, cluster)}", flush=True)
 
 
 def local_places(config: RunConfig) -> dict[str, str]:

@@ -119,7 +119,7 @@ def test_a_model_of_a_size_that_would_not_fit_here_is_counted():
 
 
 def test_a_model_that_there_is_not_fails_the_plan(config):
-    with pytest.raises(ConfigError, match="model.architecture='moon' is not known"):
+    with pytest.raises(ConfigError, match=r"model\.architecture='moon' is not known"):
         show_plan(apply_overrides(config, ["model.architecture=moon"]), None)
 
 
