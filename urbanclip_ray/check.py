@@ -72,13 +72,13 @@ def check_run(given: RunConfig, only: Sequence[str] | None) -> bool:
 
 def _findings(given: RunConfig, only: Sequence[str] | None) -> list[Finding]:
     findings = [attempt("paths", partial(refuse_uploaded_paths, given), "none lies in an uploaded working directory")]
+    config = Run(given).config
     try:
         dataflow.connect()
     except UserError as error:
         return [*findings, Finding("Ray", False, str(error))]
     cluster = read_cluster()
     hosts = f"{len(cluster.nodes)} nodes on {len(cluster.hosts)} hosts, Ray {ray.__version__}"
-    config = Run(given).config
     findings += [
         Finding("Ray", True, hosts),
         attempt("hosts", partial(refuse_paths_of_one_host, config, cluster), "every host sees the paths of the run"),

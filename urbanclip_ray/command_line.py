@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from urbanclip_ray.config import RunConfig, Section
 from urbanclip_ray.overrides import apply_overrides
@@ -17,7 +18,7 @@ def run_job(description: str | None, sections: Sequence[str], stages: Sequence[s
     """Parse the command line and run `stages` (None: the whole pipeline). `sections` are the config keys worth knowing."""
     parser = build_parser(description or "", sections)
     arguments = parser.parse_args()
-    try:
+    with errors_in_one_line():
         config = load_recipe(arguments.recipe)
         overrides = [*arguments.set, *([f"storage={arguments.storage}"] if arguments.storage else [])]
         config = apply_overrides(config, overrides)
@@ -35,6 +36,13 @@ def run_job(description: str | None, sections: Sequence[str], stages: Sequence[s
             from urbanclip_ray.pipeline import run_stages  # imports Ray, which --help must not wait for
 
             run_stages(config, stages)
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Errors that a user can mend end the process with their message alone; others keep their traceback."""
+    try:
+        yield
     except Exception as error:
         message = explain_error(error)
         if message is None:

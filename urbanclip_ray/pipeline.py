@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from urbanclip_ray.config import RunConfig
-from urbanclip_ray.plan import num_stages
+from urbanclip_ray.plan import walk
 from urbanclip_ray.preflight import refuse_unfit_run
-from urbanclip_ray.stages import STAGES, Run, Stage
+from urbanclip_ray.stages import Run, Stage
 from urbanclip_ray.storage import (
     Dataset,
     MissingDatasetError,
@@ -46,7 +46,7 @@ def run_stages(config: RunConfig, only: Sequence[str] | None) -> Run:
     summary = Table(title=f"run {config.run}", title_justify="left")
     for name in ("stage", "", "in", "out", "rejected", "dataset"):
         summary.add_column(name, justify="right" if name in ("in", "out") else "left", overflow="fold")
-    for stage in STAGES[: num_stages(only)]:
+    for stage in walk(only):
         if not stage.wanted(run):
             continue
         made_s = run_stage(run, stage, console, make=only is None or stage.name in only)

@@ -30,7 +30,7 @@ class PlannedStage(NamedTuple):
 def survey(run: Run, only: Sequence[str] | None) -> list[PlannedStage]:
     """Every stage up to the last one asked for (None: all), in order; datasets that exist are added to the run."""
     found: dict[str, PlannedStage] = {}
-    for stage in STAGES[: num_stages(only)]:
+    for stage in walk(only):
         if not stage.wanted(run):
             continue
         after = tuple(name for name in stage.parents if name in found and found[name].dataset is None)
@@ -45,12 +45,12 @@ def survey(run: Run, only: Sequence[str] | None) -> list[PlannedStage]:
     return list(found.values())
 
 
-def num_stages(only: Sequence[str] | None) -> int:
-    """How many stages a job walks through: to the last one that it names, all for the report."""
-    names = [stage.name for stage in STAGES]
+def walk(only: Sequence[str] | None) -> tuple[Stage, ...]:
+    """The stages that a job walks through: up to the last one that it names, all for the report."""
     if only is None or "report" in only:
-        return len(names)
-    return max(names.index(name) for name in only) + 1
+        return STAGES
+    names = [stage.name for stage in STAGES]
+    return STAGES[: max(names.index(name) for name in only) + 1]
 
 
 def show_plan(config: RunConfig, only: Sequence[str] | None) -> None:
