@@ -5,33 +5,55 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from urbanclip_ray.config import RunConfig, Section
-from urbanclip_ray.errors import UserError
 from urbanclip_ray.overrides import apply_overrides
 from urbanclip_ray.recipes import RECIPES, load_recipe
+from urbanclip_ray.remote_errors import explain_error, is_remote
 
 
 def run_job(description: str | None, sections: Sequence[str], stages: Sequence[str] | None) -> None:
     """Parse the command line and run `stages` (None: the whole pipeline). `sections` are the config keys worth knowing."""
     parser = build_parser(description or "", sections)
     arguments = parser.parse_args()
-    try:
+    with errors_in_one_line():
         config = load_recipe(arguments.recipe)
         overrides = [*arguments.set, *([f"storage={arguments.storage}"] if arguments.storage else [])]
         config = apply_overrides(config, overrides)
         if arguments.show_config:
             print(config.model_dump_json(indent=1))
-            return
-        from urbanclip_ray.pipeline import run_stages  # imports Ray, which --help must not wait for
+        elif arguments.dry_run:
+            from urbanclip_ray.plan import show_plan
 
-        run_stages(config, stages)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        sys.exit(f"error: {place}{error.strerror or error}")
+            show_plan(config, stages)
+        elif arguments.check:
+            from urbanclip_ray.check import check_run
+
+            sys.exit(0 if check_run(config, stages) else 1)
+        else:
+            from urbanclip_ray.pipeline import run_stages  # imports Ray, which --help must not wait for
+
+            run_stages(config, stages)
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Errors that a user can mend end the process with their message alone; others keep their traceback."""
+    try:
+        yield
+    except Exception as error:
+        message = explain_error(error)
+        if message is None:
+            raise
+        sys.exit(f"error: {message}{_where_to_read_on() if is_remote(error) else ''}")
+
+
+def _where_to_read_on() -> str:
+    from urbanclip_ray.dataflow import log_folder
+
+    return f"\n(raised in a worker; this node's logs are in {log_folder()})"
 
 
 def build_parser(description: str, sections: Sequence[str]) -> argparse.ArgumentParser:
@@ -42,6 +64,8 @@ def build_parser(description: str, sections: Sequence[str]) -> argparse.Argument
     parser.add_argument("--storage", metavar="URI", help="where datasets go: a local path or s3://bucket/prefix")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key; repeatable")
     parser.add_argument("--show-config", action="store_true", help="print the whole config as JSON and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be kept and made, write nothing, and stop")
+    parser.add_argument("--check", action="store_true", help="try storage, versions, resources and an all-reduce, and stop")
     return parser
 
 

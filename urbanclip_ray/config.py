@@ -251,6 +251,7 @@ class ResourcesConfig(Section):
     num_workers: int = execution(2, ge=1)  # training ranks
     cpus_per_worker: int = execution(1, ge=1)
     use_gpu: bool = execution(False)
+    shared_filesystem: bool = execution(False)  # declares that every host has the same local paths (NFS, EFS)
 
 
 class RunConfig(Section):

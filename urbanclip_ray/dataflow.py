@@ -15,21 +15,46 @@ import ray.data
 from ray.data.block import Block, BlockAccessor
 from ray.data.datasource.datasink import TaskContext
 
+from urbanclip_ray.errors import UserError
 from urbanclip_ray.storage import Dataset, Publication, explain_os_error, join, resolve
+
+ACCESS_FIX = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file that holds the cluster's token"
+
+
+class ClusterError(UserError, RuntimeError):
+    """A cluster that cannot be joined; the message names its address and the fix."""
 
 
 def connect() -> None:
     """Join the cluster of `RAY_ADDRESS` (set inside a submitted job), else start a Ray of our own on this machine.
 
-    A Ray that happens to run on this machine is left alone unless the address says so.
+    A Ray that happens to run on this machine is left alone unless the address says so. Raises :class:`ClusterError`.
     """
     if not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS") or "local")
+        _join(os.environ.get("RAY_ADDRESS") or "local")
     if not sys.stderr.isatty():
         logging.getLogger("ray.data").setLevel(logging.WARNING)  # bars are for terminals, a log wants no frames
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.print_on_execution_start = False
+
+
+def _join(address: str) -> None:
+    try:
+        ray.init(address=address)
+    except ray.exceptions.AuthenticationError as error:
+        raise ClusterError(f"RAY_ADDRESS={address} asks for a token: {error.message}; {ACCESS_FIX}") from None
+    except ConnectionError as error:
+        raise ClusterError(
+            f"no Ray cluster can be joined at RAY_ADDRESS={address} ({error}): correct the address, or unset it to start a "
+            f"Ray on this machine; where the cluster asks for a token, {ACCESS_FIX}"
+        ) from None
+
+
+def log_folder() -> str:
+    """Where the logs of this node's workers are."""
+    node = ray._private.worker._global_node
+    return str(node.get_logs_dir_path()) if node else "/tmp/ray/session_latest/logs"  # noqa: S108 Ray's own default
 
 
 def read(dataset: Dataset, columns: list[str] | None = None) -> ray.data.Dataset:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from urbanclip_ray.config import RunConfig
-from urbanclip_ray.stages import STAGES, Run, Stage
+from urbanclip_ray.plan import walk
+from urbanclip_ray.preflight import refuse_unfit_run
+from urbanclip_ray.stages import Run, Stage
 from urbanclip_ray.storage import (
     Dataset,
     MissingDatasetError,
@@ -30,22 +31,22 @@ from urbanclip_ray.storage import (
     read_bytes,
     write_bytes,
 )
-
-LOG_WIDTH = 140  # columns of the tables where the output is no terminal
+from urbanclip_ray.terminal import open_console
 
 
 def run_stages(config: RunConfig, only: Sequence[str] | None) -> Run:
     """Make the stages named (all of them: None), keeping what is complete; then the report, for all or "report".
 
-    Stages before the named ones must be complete: MissingDatasetError names the job to run first.
+    Stages before the named ones must be complete: MissingDatasetError names the job to run first. What cannot end well
+    is refused before any work, see `preflight`.
     """
-    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+    console = open_console()
     run = Run(config)
+    refuse_unfit_run(config, run, only)
     summary = Table(title=f"run {config.run}", title_justify="left")
     for name in ("stage", "", "in", "out", "rejected", "dataset"):
         summary.add_column(name, justify="right" if name in ("in", "out") else "left", overflow="fold")
-    last = _last_stage(only)
-    for stage in STAGES[: last + 1]:
+    for stage in walk(only):
         if not stage.wanted(run):
             continue
         made_s = run_stage(run, stage, console, make=only is None or stage.name in only)
@@ -56,13 +57,6 @@ def run_stages(config: RunConfig, only: Sequence[str] | None) -> Run:
     if only is None or "report" in only:
         _show_results(run, console)
     return run
-
-
-def _last_stage(only: Sequence[str] | None) -> int:
-    names = [stage.name for stage in STAGES]
-    if only is None or "report" in only:
-        return len(STAGES) - 1
-    return max(names.index(name) for name in only)
 
 
 def run_stage(run: Run, stage: Stage, console: Console, make: bool) -> float | None:

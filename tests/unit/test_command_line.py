@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from urbanclip_ray import pipeline
+from urbanclip_ray import check, pipeline, plan
 from urbanclip_ray.command_line import build_parser, run_job
 from urbanclip_ray.config import RunConfig
 from urbanclip_ray.recipes import RECIPES, load_recipe
@@ -44,6 +44,18 @@ def test_show_config_prints_what_holds_and_runs_nothing(monkeypatch, capsys):
     shown = json.loads(capsys.readouterr().out)
     assert shown["train"]["lr"] == 2
     assert shown["source"]["kind"] == "world"
+
+
+def test_a_dry_run_and_a_check_run_nothing(monkeypatch):
+    asked = []
+    monkeypatch.setattr(pipeline, "run_stages", lambda config, stages: pytest.fail("must not run"))
+    monkeypatch.setattr(plan, "show_plan", lambda config, stages: asked.append(("plan", stages)))
+    monkeypatch.setattr(check, "check_run", lambda config, stages: asked.append(("check", stages)))
+    run(monkeypatch, "--recipe", "tiny_test", "--dry-run")
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, "--recipe", "tiny_test", "--check")
+    assert caught.value.code == 1  # nothing that is true came back
+    assert asked == [("plan", ["tiles"]), ("check", ["tiles"])]
 
 
 @pytest.mark.parametrize(

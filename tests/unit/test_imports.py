@@ -14,10 +14,15 @@ import urbanclip_ray
 
 PACKAGE = Path(urbanclip_ray.__file__).parent
 ROOT = PACKAGE.parent
-LIGHT = ["", ".errors", ".config", ".overrides", ".recipes", ".schema", ".storage", ".command_line", ".imagery", ".sources"]
+LIGHT = [
+    *("", ".errors", ".remote_errors", ".config", ".overrides", ".recipes", ".schema", ".storage", ".command_line"),
+    *(".imagery", ".sources", ".stages", ".plan"),
+]
 HEAVY = ("torch", "ray", "deepspeed", "open_clip", "transformers")
 USES_RAY = {
     "urbanclip_ray.dataflow",
+    "urbanclip_ray.cluster",
+    "urbanclip_ray.check",
     "urbanclip_ray.sources.ingest",
     "urbanclip_ray.captioners.caption",
     "urbanclip_ray.captioners.refine",
@@ -29,6 +34,7 @@ USES_RAY = {
     "urbanclip_ray.evaluate.baselines",
 }
 USES_DEEPSPEED = {"urbanclip_ray.train.engine", "urbanclip_ray.train.fragments"}
+CONNECT_ONLY = {"urbanclip_ray.preflight", "urbanclip_ray.command_line"}
 
 
 class Import(NamedTuple):
@@ -119,7 +125,7 @@ def test_nothing_below_reaches_up():
 
 def test_ray_is_used_only_where_work_is_distributed():
     assert importers("ray") == USES_RAY
-    assert importers("urbanclip_ray.dataflow") <= USES_RAY
+    assert importers("urbanclip_ray.dataflow") <= USES_RAY | CONNECT_ONLY
 
 
 def test_deepspeed_is_used_only_by_the_engine_and_its_fragments():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from urbanclip_ray import pipeline
+from urbanclip_ray import pipeline, plan
 from urbanclip_ray.config import ConfigError, RunConfig
 from urbanclip_ray.model.weights import WEIGHTS_FILE
 from urbanclip_ray.overrides import apply_overrides
@@ -39,7 +39,7 @@ def config(tmp_path) -> RunConfig:
 
 
 @pytest.fixture
-def made(monkeypatch) -> list[str]:
+def made(monkeypatch, ray_cluster) -> list[str]:
     """Stages write a word instead of data; the names of those that were made."""
     names: list[str] = []
 
@@ -50,7 +50,7 @@ def made(monkeypatch) -> list[str]:
 
         return stage._replace(make=make)
 
-    monkeypatch.setattr(pipeline, "STAGES", tuple(replace(stage) for stage in STAGES))
+    monkeypatch.setattr(plan, "STAGES", tuple(replace(stage) for stage in STAGES))
     monkeypatch.setattr(pipeline, "_show_results", lambda run, console: None)
     monkeypatch.setattr(pipeline.Run, "given_weights_digest", "0123")
     return names
@@ -152,13 +152,13 @@ def test_a_stage_that_fails_leaves_nothing_and_the_next_run_goes_on_from_there(c
         publication.write_file("half", b"")
         raise RuntimeError("the power is out")
 
-    good = pipeline.STAGES
+    good = plan.STAGES
     broken = tuple(stage._replace(make=fail) if stage.name == "shards" else stage for stage in good)
-    monkeypatch.setattr(pipeline, "STAGES", broken)
+    monkeypatch.setattr(plan, "STAGES", broken)
     with pytest.raises(RuntimeError, match="power"):
         run_stages(config, None)
     before = list(made)
-    monkeypatch.setattr(pipeline, "STAGES", good)
+    monkeypatch.setattr(plan, "STAGES", good)
     assert before + rerun(config, made) == NAMES
 
 

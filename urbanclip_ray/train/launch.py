@@ -8,6 +8,7 @@ from ray.train import LoggingConfig
 from ray.train.torch import TorchTrainer
 
 from urbanclip_ray import dataflow
+from urbanclip_ray.cluster import worker_resources
 from urbanclip_ray.config import ConfigError, RunConfig
 from urbanclip_ray.errors import UserError
 from urbanclip_ray.model.architectures import open_clip_config
@@ -81,7 +82,7 @@ def _run_workers(spec: TrainSpec, config: RunConfig, publication: Publication) -
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.num_workers,
             use_gpu=resources.use_gpu,
-            resources_per_worker={"CPU": resources.cpus_per_worker} | ({"GPU": 1} if resources.use_gpu else {}),
+            resources_per_worker=worker_resources(resources),
         ),
         run_config=ray.train.RunConfig(
             name=publication.attempt,

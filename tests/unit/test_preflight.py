@@ -1,0 +1,131 @@
+"""What is refused at the start of a run, and with which fix."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from urbanclip_ray.cluster import Autoscaler, Cluster, Node, NodeGroup
+from urbanclip_ray.config import RunConfig
+from urbanclip_ray.overrides import apply_overrides
+from urbanclip_ray.preflight import (
+    JOB_CONFIG_VARIABLE,
+    PreflightError,
+    list_demands,
+    probe_storage,
+    refuse_impossible,
+    refuse_paths_of_one_host,
+    refuse_uploaded_paths,
+)
+from urbanclip_ray.recipes import load_recipe
+
+HEAD = Node("1", "a (10.0.0.1)", {"CPU": 2.0}, is_head=True)
+OTHER_HOST = Node("2", "b (10.0.0.2)", {"CPU": 2.0}, is_head=False)
+SAME_HOST = HEAD._replace(node_id="3", is_head=False)
+ONE_SMALL_NODE = Autoscaler((NodeGroup("small", {"CPU": 1}, 1),), 1, one_host=True)
+
+
+def config_with(*overrides: str) -> RunConfig:
+    return apply_overrides(load_recipe("own_tiles"), ["source.uri=/data/tiles", "storage=/data/runs", *overrides])
+
+
+@pytest.fixture
+def uploaded(monkeypatch, tmp_path) -> str:
+    """The working directory of a job as Ray's job server starts it."""
+    monkeypatch.chdir(tmp_path)
+    job = {"runtime_env": {"working_dir": "gcs://_ray_pkg_0123.zip"}, "metadata": {}}
+    monkeypatch.setenv(JOB_CONFIG_VARIABLE, json.dumps(job))
+    return os.getcwd()
+
+
+@pytest.mark.parametrize("override", ["storage=runs", "source.uri=tiles", "embed.weights=../weights", "storage=file://runs"])
+def test_a_relative_path_in_an_uploaded_directory_is_refused_with_the_fix(uploaded, override):
+    key, _, value = override.partition("=")
+    option = "--storage " if key == "storage" else f"--set {key}="
+    with pytest.raises(PreflightError, match=f"^{key}={value} lies in the working directory.*Give {option}s3://bucket/prefix"):
+        refuse_uploaded_paths(config_with(override))
+
+
+def test_an_absolute_path_below_an_uploaded_directory_is_refused_too(uploaded):
+    with pytest.raises(PreflightError, match="working directory that was uploaded"):
+        refuse_uploaded_paths(config_with(f"storage={uploaded}/runs"))
+
+
+def test_other_places_are_fine_in_an_uploaded_directory(uploaded):
+    refuse_uploaded_paths(config_with())
+    refuse_uploaded_paths(config_with("storage=s3://bucket/runs", "source.uri=s3://bucket/tiles"))
+
+
+@pytest.mark.parametrize("job", [None, {"runtime_env": {}}, {"runtime_env": {"env_vars": {"A": "b"}}}])
+def test_relative_paths_are_fine_where_nothing_was_uploaded(monkeypatch, job):
+    monkeypatch.delenv(JOB_CONFIG_VARIABLE, raising=False)
+    if job is not None:
+        monkeypatch.setenv(JOB_CONFIG_VARIABLE, json.dumps(job))
+    refuse_uploaded_paths(config_with("storage=runs"))
+
+
+def test_local_paths_on_two_hosts_are_refused_with_the_fix():
+    message = (
+        r"storage=/data/runs, source\.uri=/data/tiles: local paths, but the cluster has 2 hosts: a \(10\.0\.0\.1\), "
+        r"b \(10\.0\.0\.2\)\. Use s3://bucket/prefix, or.*--set resources\.shared_filesystem=true"
+    )
+    with pytest.raises(PreflightError, match=message):
+        refuse_paths_of_one_host(config_with(), Cluster((HEAD, OTHER_HOST), None))
+
+
+def test_a_local_source_alone_is_refused_too():
+    with pytest.raises(PreflightError, match=r"^source\.uri=/data/tiles: local paths"):
+        refuse_paths_of_one_host(config_with("storage=s3://bucket/runs"), Cluster((HEAD, OTHER_HOST), None))
+
+
+def test_local_paths_are_refused_where_an_autoscaler_will_add_hosts():
+    elsewhere = ONE_SMALL_NODE._replace(one_host=False)
+    with pytest.raises(PreflightError, match="the cluster has an autoscaler that adds hosts"):
+        refuse_paths_of_one_host(config_with(), Cluster((HEAD,), elsewhere))
+
+
+def test_local_paths_are_fine_on_one_host_or_where_they_are_declared_shared():
+    refuse_paths_of_one_host(config_with(), Cluster((HEAD, SAME_HOST), ONE_SMALL_NODE))
+    refuse_paths_of_one_host(config_with("resources.shared_filesystem=true"), Cluster((HEAD, OTHER_HOST), None))
+    in_a_bucket = config_with("storage=s3://bucket/runs", "source.uri=s3://bucket/tiles")
+    refuse_paths_of_one_host(in_a_bucket, Cluster((HEAD, OTHER_HOST), None))
+
+
+def test_more_workers_than_can_ever_be_had_are_refused_with_the_numbers():
+    config = config_with("resources.num_workers=4", "train.micro_batch_size=64")
+    (demand,) = list_demands(config, ["pretrain"])
+    message = (
+        r"4 training workers of 1 CPU each: 2 fit on 1 node \(2 CPU\), 3 with all that the autoscaler can start: "
+        r"lower resources\.num_workers"
+    )
+    with pytest.raises(PreflightError, match=message):
+        refuse_impossible(demand, Cluster((HEAD,), ONE_SMALL_NODE))
+    refuse_impossible(demand, Cluster((HEAD, OTHER_HOST), None))
+    refuse_impossible(demand, Cluster((HEAD,), ONE_SMALL_NODE._replace(groups=None)))  # unknown: Ray may still get them
+
+
+def test_gpus_that_no_node_has_are_refused():
+    config = config_with("resources.use_gpu=true", "embed.gpus_per_actor=0.5")
+    training, embedding = list_demands(config, ["pretrain", "embeddings"])
+    with pytest.raises(PreflightError, match=r"2 training workers of 1 CPU \+ 1 GPU each: 0 fit on 1 node \(2 CPU, 0 GPU\)"):
+        refuse_impossible(training, Cluster((HEAD,), None))
+    with pytest.raises(PreflightError, match=r"1 embedding actors of 0\.5 GPU each: 0 fit.*lower embed\.gpus_per_actor"):
+        refuse_impossible(embedding, Cluster((HEAD,), None))
+
+
+def test_only_stages_to_be_made_demand_anything():
+    assert list_demands(config_with("embed.gpus_per_actor=1"), ["tiles", "probe"]) == []
+
+
+def test_a_probed_storage_is_left_as_it_was(tmp_path):
+    (tmp_path / "mine").write_text("stays")
+    probe_storage(str(tmp_path))
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+
+
+def test_a_storage_that_is_a_file_cannot_be_used(tmp_path):
+    (tmp_path / "runs").write_text("a file in the place of a folder")
+    with pytest.raises(OSError, match="runs"):
+        probe_storage(str(tmp_path / "runs"))

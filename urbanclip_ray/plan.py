@@ -1,0 +1,141 @@
+"""`--dry-run`: what a run would keep and make, and how large it is. Nothing is written and no Ray is started."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from rich.table import Table
+
+from urbanclip_ray.config import ModelConfig, RunConfig
+from urbanclip_ray.stages import STAGES, Run, Stage
+from urbanclip_ray.storage import Dataset, dataset_uri, find_dataset, join
+from urbanclip_ray.terminal import open_console
+
+
+class PlannedStage(NamedTuple):
+    """A stage of a run before it starts. Its folder's name is known once its parents' manifests are."""
+
+    stage: Stage
+    uri: str  # the dataset's; the stage's folder where the name is not known yet
+    dataset: Dataset | None  # that exists and would be kept
+    after: tuple[str, ...]  # parents that are still to be made
+    asked_for: bool  # by the job; a stage that is neither kept nor asked for is missing
+
+    @property
+    def is_made(self) -> bool:
+        return self.dataset is None and self.asked_for
+
+
+def survey(run: Run, only: Sequence[str] | None) -> list[PlannedStage]:
+    """Every stage up to the last one asked for (None: all), in order; datasets that exist are added to the run."""
+    found: dict[str, PlannedStage] = {}
+    for stage in walk(only):
+        if not stage.wanted(run):
+            continue
+        after = tuple(name for name in stage.parents if name in found and found[name].dataset is None)
+        uri, dataset = join(run.uri, stage.name), None
+        if not after:
+            parents = {name: run.datasets[name] for name in stage.parents if name in run.datasets}
+            uri = dataset_uri(run.config.storage, run.config.run, stage.name, stage.content(run), parents)
+            dataset = find_dataset(uri)
+        if dataset is not None:
+            run.datasets[stage.name] = dataset
+        found[stage.name] = PlannedStage(stage, uri, dataset, after, only is None or stage.name in only)
+    return list(found.values())
+
+
+def walk(only: Sequence[str] | None) -> tuple[Stage, ...]:
+    """The stages that a job walks through: up to the last one that it names, all for the report."""
+    if only is None or "report" in only:
+        return STAGES
+    names = [stage.name for stage in STAGES]
+    return STAGES[: max(names.index(name) for name in only) + 1]
+
+
+def show_plan(config: RunConfig, only: Sequence[str] | None) -> None:
+    """Print the stages, and the size of the pretraining where there is one."""
+    run, console = Run(config), open_console()
+    planned = survey(run, only)
+    table = Table(title=f"plan of run {config.run} (nothing is written)", title_justify="left")
+    for name in ("stage", "", "rows", "dataset"):
+        table.add_column(name, overflow="fold")
+    for item in planned:
+        table.add_row(item.stage.name, _state(item), _rows(run, item), item.uri + ("" if not item.after else "/…"))
+    console.print(table)
+    if any(item.stage.name == "pretrain" for item in planned):
+        console.print(_facts_table("pretraining", pretraining_facts(run)))
+
+
+def _state(item: PlannedStage) -> str:
+    if item.dataset is not None:
+        return "kept"
+    if not item.asked_for:
+        return f"missing: run jobs/{item.stage.job}.py first"
+    return f"make, after {' and '.join(item.after)}" if item.after else "make"
+
+
+def _rows(run: Run, item: PlannedStage) -> str:
+    if item.dataset is not None:
+        return f"{item.dataset.manifest.rows_out:,} {item.dataset.manifest.unit}"
+    return f"{num_tiles(run):,} tiles" if item.stage.name == "tiles" else ""
+
+
+def num_tiles(run: Run) -> int:
+    """Tiles that can be read where they were ingested, else those that the source lists."""
+    tiles = run.datasets.get("tiles")
+    return tiles.manifest.rows_out if tiles else len(run.source.tiles())
+
+
+def count_training_rows(run: Run) -> tuple[int, bool]:
+    """Rows to train on, and whether they are counted (True) or estimated from the shares of the split."""
+    if "shards" in run.datasets:
+        return int(run.datasets["shards"].manifest.facts["parts"]["train"]), True
+    split, total = run.config.split, num_tiles(run)
+    outside_test = total * (1 - split.test_share)
+    parts = run.source.parts() if split.outer == "source" else None
+    if parts is not None:
+        outside_test = sum(part != "test" for part in parts["part"].to_pylist())
+    return max(0, round(outside_test - total * split.val_share)), False
+
+
+def pretraining_facts(run: Run) -> dict[str, str]:
+    """What is trained, on how much, with what."""
+    from urbanclip_ray.train.shards import count_steps
+
+    config, train, resources = run.config, run.config.train, run.config.resources
+    num_rows, counted = count_training_rows(run)
+    about = "" if counted else "about "
+    num_steps = count_steps(num_rows, train.epochs, train.global_batch_size)
+    vocabulary = f", a vocabulary of {config.model.vocab_size:,} at most" if config.model.tokenizer == "bpe" else ""
+    gpus = " and 1 GPU" if resources.use_gpu else ""
+    return {
+        "model": f"{config.model.architecture}, {count_parameters(config.model):,} parameters{vocabulary}",
+        "training rows": f"{about}{num_rows:,}, {train.epochs} epochs",
+        "steps": f"{about}{num_steps:,}",
+        "batch sizes": f"{train.micro_batch_size} per worker and forward, {train.contrastive_batch_size} contrastive, "
+        f"{train.global_batch_size} per step",
+        "precision": train.precision,
+        "ZeRO stage": str(train.zero_stage),
+        "workers": f"{resources.num_workers} with {resources.cpus_per_worker} CPU{gpus} each",
+    }
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Parameters of the model, counted without allocating them."""
+    import torch
+
+    from urbanclip_ray.model.architectures import open_clip_config
+    from urbanclip_ray.model.coca import CoCa
+
+    vocab_size = config.vocab_size if config.tokenizer == "bpe" else None
+    with torch.device("meta"):
+        model = CoCa(open_clip_config(config, vocab_size))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _facts_table(title: str, facts: Mapping[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in facts.items():
+        table.add_row(name, value)
+    return table

@@ -1,0 +1,156 @@
+"""Refusals at the start of a run, before any work: what cannot end well is said at once, with the fix."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from urbanclip_ray import dataflow
+from urbanclip_ray.cluster import Cluster, read_cluster, worker_resources
+from urbanclip_ray.config import RunConfig
+from urbanclip_ray.errors import UserError
+from urbanclip_ray.plan import survey
+from urbanclip_ray.stages import Run
+from urbanclip_ray.storage import StorageError, delete_folder, join, open_dataset, publish
+
+JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray's job server gives the process that it starts
+
+
+class PreflightError(UserError, RuntimeError):
+    """A run that cannot end well here; the message says what to change."""
+
+
+class Demand(NamedTuple):
+    """`count` workers of `resources` each that a run needs at the same time."""
+
+    what: str
+    count: int
+    resources: dict[str, float]
+    fix: str
+
+
+def refuse_unfit_run(given: RunConfig, run: Run, only: Sequence[str] | None) -> None:
+    """Raise :class:`PreflightError` where a run cannot end well. `given`: the config before its paths were made absolute.
+
+    A run with nothing left to make needs no cluster and is let through.
+    """
+    refuse_uploaded_paths(given)
+    to_make = [planned.stage.name for planned in survey(run, only) if planned.is_made]
+    if not to_make:
+        return
+    probe_storage(run.config.storage)
+    demands = list_demands(run.config, to_make)
+    if not demands and not os.environ.get("RAY_ADDRESS"):
+        return  # a Ray of our own on this machine, started when a stage needs it
+    dataflow.connect()
+    cluster = read_cluster()
+    refuse_paths_of_one_host(run.config, cluster)
+    for demand in demands:
+        refuse_impossible(demand, cluster)
+        if cluster.places_now(demand.resources) < demand.count:
+            print(f"more nodes must come: {describe_places(demand, cluster)}", flush=True)
+
+
+def local_places(config: RunConfig) -> dict[str, str]:
+    """The keys that name a local path which workers read or write, with their values."""
+    values = {
+        "storage": config.storage,
+        "source.uri": getattr(config.source, "uri", ""),
+        "embed.weights": config.embed.weights,
+    }
+    return {key: value for key, value in values.items() if value and ("://" not in value or value.startswith("file://"))}
+
+
+def uploaded_directory() -> str | None:
+    """The working directory where this process drives a submitted job and runs in an uploaded copy, else None."""
+    job = json.loads(os.environ.get(JOB_CONFIG_VARIABLE) or "{}")
+    return os.getcwd() if (job.get("runtime_env") or {}).get("working_dir") else None
+
+
+def refuse_uploaded_paths(config: RunConfig) -> None:
+    """Relative paths, and any below the directory that was uploaded with a job: every node has a copy of its own."""
+    directory = uploaded_directory()
+    if directory is None:
+        return
+    for key, value in local_places(config).items():
+        path = os.path.expanduser(value.removeprefix("file://"))
+        if not os.path.isabs(path) or os.path.commonpath([os.path.realpath(path), directory]) == directory:
+            option = "--storage " if key == "storage" else f"--set {key}="
+            raise PreflightError(
+                f"{key}={value} lies in the working directory that was uploaded with this job: every node has its own "
+                f"copy, and all go with the job. Give {option}s3://bucket/prefix, or an absolute path on a mount that every "
+                "node has"
+            )
+
+
+def refuse_paths_of_one_host(config: RunConfig, cluster: Cluster) -> None:
+    """Local paths where work may run on several hosts, unless they are declared shared."""
+    places = local_places(config)
+    if config.resources.shared_filesystem or not places or not (len(cluster.hosts) > 1 or cluster.can_add_hosts):
+        return
+    named = ", ".join(f"{key}={value}" for key, value in places.items())
+    hosts = f"{len(cluster.hosts)} hosts: {', '.join(cluster.hosts[:5])}"
+    if len(cluster.hosts) == 1:
+        hosts = "an autoscaler that adds hosts"
+    raise PreflightError(
+        f"{named}: local paths, but the cluster has {hosts}. Use s3://bucket/prefix, or, where these paths are "
+        "on a mount that every host has, --set resources.shared_filesystem=true"
+    )
+
+
+def list_demands(config: RunConfig, to_make: Sequence[str]) -> list[Demand]:
+    """What the stages to make need at the least."""
+    demands = []
+    if "pretrain" in to_make:
+        demands.append(
+            Demand(
+                "training workers",
+                config.resources.num_workers,
+                worker_resources(config.resources),
+                "lower resources.num_workers (train.micro_batch_size x workers makes train.contrastive_batch_size), "
+                "resources.cpus_per_worker or resources.use_gpu",
+            )
+        )
+    if config.embed.gpus_per_actor and {"embeddings", "untrained"} & set(to_make):
+        demands.append(Demand("embedding actors", 1, {"GPU": config.embed.gpus_per_actor}, "lower embed.gpus_per_actor"))
+    return demands
+
+
+def refuse_impossible(demand: Demand, cluster: Cluster) -> None:
+    """More workers than the cluster and its autoscaler can ever hold: Ray would wait for them for ever."""
+    ever = cluster.places_ever(demand.resources)
+    if ever is None or ever >= demand.count:
+        return
+    raise PreflightError(f"{describe_places(demand, cluster)}: {demand.fix}, or add nodes")
+
+
+def describe_places(demand: Demand, cluster: Cluster) -> str:
+    """How many of the workers fit, now and ever, with the numbers behind it."""
+    each = " + ".join(f"{amount:g} {name}" for name, amount in demand.resources.items())
+    have = ", ".join(f"{cluster.total(name):g} {name}" for name in demand.resources)
+    ever = cluster.places_ever(demand.resources)
+    later = {None: ", an autoscaler with limits unknown to us", cluster.places_now(demand.resources): ""}.get(
+        ever, f", {ever} with all that the autoscaler can start"
+    )
+    nodes = f"{len(cluster.nodes)} node{'s' if len(cluster.nodes) > 1 else ''}"
+    return f"{demand.count} {demand.what} of {each} each: {cluster.places_now(demand.resources)} fit on {nodes} ({have}){later}"
+
+
+def probe_storage(storage: str) -> None:
+    """Write, read back, list and conditionally put below `storage` as a stage does; nothing is left behind.
+
+    Raises StorageError or OSError with the place and the fix.
+    """
+    uri = join(storage, f".probe-{secrets.token_hex(4)}")
+    try:
+        for attempt in ("first", "second"):  # the second must find the first one's manifest and give way
+            with publish(uri, "probe", {}, {}) as publication:
+                publication.write_file("probe.txt", attempt.encode())
+                publication.facts["attempt"] = attempt
+        if open_dataset(uri).manifest.facts != {"attempt": "first"}:
+            raise StorageError(f"{storage} ignores conditional writes (If-None-Match), so two runs could overwrite each other")
+    finally:
+        delete_folder(uri)
