@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test test-all lint clean
+.PHONY: help venv demo test test-all lint cluster cluster-stop clean
 
 help:
 	@echo "make demo      install, then run the whole walk on real imagery; writes runs/demo/report/report.html"
 	@echo "make test      install, then run the tests (without those marked slow)"
 	@echo "make test-all  every test"
 	@echo "make lint      formatting, lint and strict types"
+	@echo "make cluster   an autoscaling Ray cluster on this machine to submit jobs to; make cluster-stop ends it"
 	@echo "make venv      install only"
 	@echo "make clean     remove .venv and caches; runs/ stays"
 
@@ -35,6 +36,12 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+cluster: $(STAMP)
+	@$(BIN)/python cluster/local_cluster.py start
+
+cluster-stop:
+	@$(BIN)/python cluster/local_cluster.py stop
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
