@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from urbanclip_ray.config import RunConfig, Section
 from urbanclip_ray.errors import UserError
@@ -13,10 +14,25 @@ from urbanclip_ray.overrides import apply_overrides
 from urbanclip_ray.recipes import RECIPES, load_recipe
 
 
-def run_job(description: str | None, sections: Sequence[str], stages: Sequence[str] | None) -> None:
-    """Parse the command line and run `stages` (None: the whole pipeline). `sections` are the config keys worth knowing."""
-    parser = build_parser(description or "", sections)
+class Look(NamedTuple):
+    """What a job does with `flag` instead of making its dataset. `show` takes the run with the parents of that dataset, and
+    the number of tiles of --limit (None: its own default).
+    """
+
+    flag: str
+    help: str
+    show: Callable[[Any, int | None], None]
+
+
+def run_job(description: str | None, sections: Sequence[str], stages: Sequence[str] | None, looks: Sequence[Look] = ()) -> None:
+    """Parse the command line and run `stages` (None: the whole pipeline), or one of the looks at the first of them.
+
+    `sections` are the config keys worth knowing.
+    """
+    parser = build_parser(description or "", sections, looks)
     arguments = parser.parse_args()
+    if looks and arguments.limit is not None and arguments.look is None:
+        parser.error(f"--limit goes with {' or '.join(look.flag for look in looks)}")
     try:
         config = load_recipe(arguments.recipe)
         overrides = [*arguments.set, *([f"storage={arguments.storage}"] if arguments.storage else [])]
@@ -24,9 +40,12 @@ def run_job(description: str | None, sections: Sequence[str], stages: Sequence[s
         if arguments.show_config:
             print(config.model_dump_json(indent=1))
             return
-        from urbanclip_ray.pipeline import run_stages  # imports Ray, which --help must not wait for
+        from urbanclip_ray.pipeline import find_parents, run_stages  # imports Ray, which --help must not wait for
 
-        run_stages(config, stages)
+        if looks and arguments.look is not None and stages is not None:
+            arguments.look(find_parents(config, stages[0]), arguments.limit)
+        else:
+            run_stages(config, stages)
     except UserError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
@@ -34,7 +53,7 @@ def run_job(description: str | None, sections: Sequence[str], stages: Sequence[s
         sys.exit(f"error: {place}{error.strerror or error}")
 
 
-def build_parser(description: str, sections: Sequence[str]) -> argparse.ArgumentParser:
+def build_parser(description: str, sections: Sequence[str], looks: Sequence[Look] = ()) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, epilog=_epilog(sections), formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -42,7 +61,18 @@ def build_parser(description: str, sections: Sequence[str]) -> argparse.Argument
     parser.add_argument("--storage", metavar="URI", help="where datasets go: a local path or s3://bucket/prefix")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key; repeatable")
     parser.add_argument("--show-config", action="store_true", help="print the whole config as JSON and stop")
+    if looks:
+        choice = parser.add_mutually_exclusive_group()
+        for look in looks:
+            choice.add_argument(look.flag, dest="look", action="store_const", const=look.show, help=look.help)
+        parser.add_argument("--limit", type=_positive, metavar="N", help="look at so many tiles")
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _epilog(sections: Sequence[str]) -> str:

@@ -58,6 +58,18 @@ def run_stages(config: RunConfig, only: Sequence[str] | None) -> Run:
     return run
 
 
+def find_parents(config: RunConfig, name: str) -> Run:
+    """A run with every dataset that the stage `name` is made of; MissingDatasetError names the job to run first."""
+    needed = {name}
+    for stage in reversed(STAGES):
+        needed |= set(stage.parents) if stage.name in needed else set()
+    run = Run(config)
+    for stage in STAGES:
+        if stage.name in needed - {name} and stage.wanted(run):
+            run_stage(run, stage, Console(), make=False)
+    return run
+
+
 def _last_stage(only: Sequence[str] | None) -> int:
     names = [stage.name for stage in STAGES]
     if only is None or "report" in only:

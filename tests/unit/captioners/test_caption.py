@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from urbanclip_ray.captioners.caption import CaptionError, caption_tiles
+from urbanclip_ray.captioners.caption import CaptionError, CaptionWork, caption_tiles
 from urbanclip_ray.config import CaptionConfig, ConfigError, PixelsConfig
 from urbanclip_ray.schema import CAPTIONS, TILES
 from urbanclip_ray.storage import MissingDatasetError, open_dataset, publish
@@ -47,7 +47,7 @@ def tiles(tmp_path_factory):
 
 def caption(tiles, uri, config, given=None):
     with publish(str(uri), "captions", config.content(), {"tiles": tiles}) as publication:
-        caption_tiles(tiles, config, PixelsConfig(), given, publication)
+        caption_tiles(CaptionWork(tiles, config, PixelsConfig(), given), publication)
     return open_dataset(str(uri))
 
 
@@ -78,6 +78,14 @@ def test_rows_and_keys_do_not_depend_on_batching(tiles, described, tmp_path):
     again = caption(tiles, tmp_path / "c", CaptionConfig(tiles_per_batch=64, num_actors=1)).read()
     assert again.equals(described.read())
     assert len(set(again["caption_key"].to_pylist())) == NUM_TILES
+
+
+def test_a_margin_cut_off_makes_other_keys(tiles, described):
+    config = CaptionConfig()
+    uncut = CaptionWork(tiles, config, PixelsConfig()).origin()
+    cut = CaptionWork(tiles, config, PixelsConfig(crop_bottom_px=2)).origin()
+    assert described.read()["caption_key"][0].as_py() == uncut.key(hashlib.sha256(png(0)).hexdigest(), 0)
+    assert cut.key("ab", 0) != uncut.key("ab", 0)
 
 
 def test_given_captions_keep_their_order_and_those_of_unknown_tiles_are_counted(tiles, described, tmp_path):
