@@ -17,7 +17,7 @@ from urbanclip_ray.captioners.base import Captioner, Origin, Tile, UnusableCapti
 from urbanclip_ray.captioners.model_files import ModelReference
 from urbanclip_ray.captioners.store import CaptionStore, StoredCaptioner
 from urbanclip_ray.config import CaptionConfig, ConfigError, PixelsConfig
-from urbanclip_ray.errors import UserError
+from urbanclip_ray.errors import UserError, one_line
 from urbanclip_ray.schema import CAPTIONS
 from urbanclip_ray.storage import Dataset, Publication
 
@@ -71,7 +71,7 @@ def caption_tiles(work: CaptionWork, publication: Publication) -> None:
     except ray.exceptions.RayActorError as error:
         raise CaptionError(
             f"a captioner's process died more than caption.max_actor_restarts={work.config.max_actor_restarts} times: "
-            f"{' '.join(str(error).split())}. If memory ran out, lower caption.tiles_per_batch or caption.num_actors; "
+            f"{one_line(error)}. If memory ran out, lower caption.tiles_per_batch or caption.num_actors; "
             "what is described is kept, so run the same command again"
         ) from error
     _count(publication, work)

@@ -15,6 +15,7 @@ import pyarrow.fs as pafs
 
 from urbanclip_ray.captioners.base import UnusableCaptionerError
 from urbanclip_ray.config import CaptionConfig, ConfigError
+from urbanclip_ray.errors import one_line
 from urbanclip_ray.storage import READ_CHUNK_BYTES, absolute, digest, exists, join, list_files, read_bytes, resolve, write_bytes
 
 SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken")
@@ -84,7 +85,7 @@ def _hub_commit(model: str, revision: str) -> str:
         ) from None
     except Exception as error:  # the hub's client raises many kinds: proxies, time-outs, an unreachable hub
         raise ConfigError(
-            f"caption.model={model}: its revision {revision} cannot be looked up ({_one_line(error)}): mend the connection, "
+            f"caption.model={model}: its revision {revision} cannot be looked up ({one_line(error)}): mend the connection, "
             "give the full commit as caption.revision, or use a directory"
         ) from None
 
@@ -99,7 +100,7 @@ def _fetch_from_hub(reference: ModelReference) -> str:
         )
     except Exception as error:
         raise UnusableCaptionerError(
-            f"caption.model={reference.place}: commit {reference.revision} cannot be downloaded ({_one_line(error)}): mend "
+            f"caption.model={reference.place}: commit {reference.revision} cannot be downloaded ({one_line(error)}): mend "
             "the connection or the access of the nodes, or use a directory"
         ) from None
 
@@ -172,7 +173,3 @@ def _fetch_directory(reference: ModelReference, cache_folder: str) -> str:
             )
         os.rename(partial, folder)
     return folder
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__} {error}".split())[:300]

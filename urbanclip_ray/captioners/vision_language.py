@@ -16,9 +16,8 @@ from PIL import Image
 from urbanclip_ray.captioners.base import Origin, Tile, UnusableCaptionerError
 from urbanclip_ray.captioners.model_files import ModelReference, fetch_model
 from urbanclip_ray.config import CaptionConfig, DecodingConfig
+from urbanclip_ray.errors import one_line
 from urbanclip_ray.imagery import TileImageError
-
-MAX_REASON_CHARACTERS = 300
 
 
 class GenerationError(RuntimeError):
@@ -62,7 +61,7 @@ class VisionLanguageCaptioner:
         try:
             return list(self._generate(images))
         except Exception as error:  # whatever a model stumbles over, out of memory above all
-            failure = GenerationError(" ".join(f"{type(error).__name__} {error}".split())[:MAX_REASON_CHARACTERS])
+            failure = GenerationError(one_line(error))
         if len(images) == 1:
             return [failure]
         half = len(images) // 2
@@ -116,10 +115,9 @@ def _load(folder: str, config: CaptionConfig, reference: ModelReference) -> tupl
         if not config.device_map:
             model.to("cuda" if torch.cuda.is_available() else "cpu")
     except Exception as error:  # foreign files: the library raises whatever it stumbles over
-        reason = " ".join(f"{type(error).__name__} {error}".split())[:MAX_REASON_CHARACTERS]
         raise UnusableCaptionerError(
             f"caption.model={reference.place} cannot be loaded as an image-text-to-text model of the transformers library: "
-            f"{reason}. Choose a model that takes images and writes text, with safetensors weights and its processor"
+            f"{one_line(error)}. Choose a model that takes images and writes text, with safetensors weights and its processor"
         ) from None
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise UnusableCaptionerError(

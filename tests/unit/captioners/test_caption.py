@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
 
+from urbanclip_ray.captioners import caption as caption_module
 from urbanclip_ray.captioners.caption import CaptionError, CaptionWork, caption_tiles
 from urbanclip_ray.config import CaptionConfig, ConfigError, PixelsConfig
 from urbanclip_ray.schema import CAPTIONS, TILES
@@ -115,6 +117,24 @@ def test_too_many_tiles_without_caption_stop_the_stage_and_leave_nothing(tiles, 
         open_dataset(str(tmp_path / "c"))
     dataset = caption(tiles, tmp_path / "c", CaptionConfig(captioner="given", max_error_share=0.34), given)
     assert dataset.manifest.rejects == {"the source gives no caption": 2, "unreadable tile": 1}
+
+
+def test_a_captioner_whose_process_keeps_dying_stops_the_stage(tiles, tmp_path, monkeypatch):
+    lives = tmp_path / "lives"
+
+    class Dying(caption_module.CaptionBatch):
+        def __call__(self, batch):
+            with lives.open("a") as file:
+                file.write("x")
+            os._exit(1)
+
+    monkeypatch.setattr(caption_module, "CaptionBatch", Dying)
+    config = CaptionConfig(num_actors=1, max_actor_restarts=1)
+    with pytest.raises(CaptionError, match=r"died more than caption\.max_actor_restarts=1 times.*run the same command again"):
+        caption(tiles, tmp_path / "c", config)
+    assert len(lives.read_text()) <= 4  # two files, each tried twice: not for ever
+    with pytest.raises(MissingDatasetError):
+        open_dataset(str(tmp_path / "c"))
 
 
 @pytest.mark.parametrize("given", [None, given_captions()])
