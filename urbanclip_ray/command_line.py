@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 from urbanclip_ray.config import RunConfig, Section
 from urbanclip_ray.overrides import apply_overrides
@@ -14,10 +15,25 @@ from urbanclip_ray.recipes import RECIPES, load_recipe
 from urbanclip_ray.remote_errors import explain_error, is_remote
 
 
-def run_job(description: str | None, sections: Sequence[str], stages: Sequence[str] | None) -> None:
-    """Parse the command line and run `stages` (None: the whole pipeline). `sections` are the config keys worth knowing."""
-    parser = build_parser(description or "", sections)
+class Look(NamedTuple):
+    """What a job does with `flag` instead of making its dataset. `show` takes the run with the parents of that dataset, and
+    the number of tiles of --limit (None: its own default).
+    """
+
+    flag: str
+    help: str
+    show: Callable[[Any, int | None], None]
+
+
+def run_job(description: str | None, sections: Sequence[str], stages: Sequence[str] | None, looks: Sequence[Look] = ()) -> None:
+    """Parse the command line and run `stages` (None: the whole pipeline), or one of the looks at the first of them.
+
+    `sections` are the config keys worth knowing.
+    """
+    parser = build_parser(description or "", sections, looks)
     arguments = parser.parse_args()
+    if looks and arguments.limit is not None and arguments.look is None:
+        parser.error(f"--limit goes with {' or '.join(look.flag for look in looks)}")
     with errors_in_one_line():
         config = load_recipe(arguments.recipe)
         overrides = [*arguments.set, *([f"storage={arguments.storage}"] if arguments.storage else [])]
@@ -32,6 +48,10 @@ def run_job(description: str | None, sections: Sequence[str], stages: Sequence[s
             from urbanclip_ray.check import check_run
 
             sys.exit(0 if check_run(config, stages) else 1)
+        elif looks and arguments.look is not None and stages is not None:
+            from urbanclip_ray.pipeline import find_parents
+
+            arguments.look(find_parents(config, stages[0]), arguments.limit)
         else:
             from urbanclip_ray.pipeline import run_stages  # imports Ray, which --help must not wait for
 
@@ -56,7 +76,7 @@ def _where_to_read_on() -> str:
     return f"\n(raised in a worker; this node's logs are in {log_folder()})"
 
 
-def build_parser(description: str, sections: Sequence[str]) -> argparse.ArgumentParser:
+def build_parser(description: str, sections: Sequence[str], looks: Sequence[Look] = ()) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, epilog=_epilog(sections), formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -66,7 +86,18 @@ def build_parser(description: str, sections: Sequence[str]) -> argparse.Argument
     parser.add_argument("--show-config", action="store_true", help="print the whole config as JSON and stop")
     parser.add_argument("--dry-run", action="store_true", help="print what would be kept and made, write nothing, and stop")
     parser.add_argument("--check", action="store_true", help="try storage, versions, resources and an all-reduce, and stop")
+    if looks:
+        choice = parser.add_mutually_exclusive_group()
+        for look in looks:
+            choice.add_argument(look.flag, dest="look", action="store_const", const=look.show, help=look.help)
+        parser.add_argument("--limit", type=_positive, metavar="N", help="look at so many tiles")
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _epilog(sections: Sequence[str]) -> str:

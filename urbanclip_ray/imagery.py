@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from urbanclip_ray.config import PixelsConfig
+from urbanclip_ray.errors import one_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")  # nothing else is opened: fewer parsers see foreign bytes
 
@@ -45,7 +46,7 @@ def decode(data: bytes, *, min_side_px: int = 1, max_pixels: int = 64_000_000) -
             except TileImageError:
                 raise
             except Exception as error:  # foreign bytes: Pillow's parsers raise whatever they stumble over
-                raise TileImageError("truncated or damaged", _one_line(error)) from error
+                raise TileImageError("truncated or damaged", one_line(error)) from error
 
 
 def _open(data: bytes) -> Image.Image:
@@ -54,9 +55,9 @@ def _open(data: bytes) -> Image.Image:
     except UnidentifiedImageError:
         raise TileImageError("not an image", f"{len(data)} bytes are not {', '.join(FORMATS)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise TileImageError("too many pixels", _one_line(error)) from error
+        raise TileImageError("too many pixels", one_line(error)) from error
     except Exception as error:  # the same as above, for headers
-        raise TileImageError("truncated or damaged", _one_line(error)) from error
+        raise TileImageError("truncated or damaged", one_line(error)) from error
 
 
 def _check_size(size: tuple[int, int], min_side_px: int, max_pixels: int) -> None:
@@ -77,10 +78,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__} {error}".split())
 
 
 def crop_margins(image: Image.Image, pixels: PixelsConfig) -> Image.Image:

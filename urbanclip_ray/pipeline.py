@@ -59,6 +59,18 @@ def run_stages(config: RunConfig, only: Sequence[str] | None) -> Run:
     return run
 
 
+def find_parents(config: RunConfig, name: str) -> Run:
+    """A run with every dataset that the stage `name` is made of; MissingDatasetError names the job to run first."""
+    needed = {name}
+    for stage in reversed(STAGES):
+        needed |= set(stage.parents) if stage.name in needed else set()
+    run = Run(config)
+    for stage in STAGES:
+        if stage.name in needed - {name} and stage.wanted(run):
+            run_stage(run, stage, open_console(), make=False)
+    return run
+
+
 def run_stage(run: Run, stage: Stage, console: Console, make: bool) -> float | None:
     """Find or make one dataset and add it to the run; returns the seconds it took, None where it was kept."""
     parents = {name: run.datasets[name] for name in stage.parents if name in run.datasets}

@@ -43,6 +43,19 @@ CAPTIONS = pa.schema(
     ]
 )
 
+STORED_CAPTIONS = pa.schema(  # the caption store, shared by all runs
+    [
+        pa.field("caption_key", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),  # of the tile
+        pa.field("sample", pa.int32(), nullable=False),
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("revision", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("decoding", pa.string(), nullable=False),  # JSON, with the margins cut off the tile
+    ]
+)
+
 REJECTED = pa.struct([pa.field("text", pa.string()), pa.field("reason", pa.string())])
 
 PAIRS = pa.schema(

@@ -8,11 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from urbanclip_ray.captioners.model_files import ModelReference, is_directory, resolve_model
 from urbanclip_ray.config import ConfigError, RunConfig, WorldSource
 from urbanclip_ray.sources import open_source
 from urbanclip_ray.storage import Dataset, Publication, absolute, exists, find_dataset, join, read_bytes
+
+if TYPE_CHECKING:
+    from urbanclip_ray.captioners.caption import CaptionWork
 
 
 class Run:
@@ -48,6 +52,10 @@ class Run:
 
         return load_model(self.given_weights).digest
 
+    @cached_property
+    def caption_model(self) -> ModelReference | None:
+        return resolve_model(self.config.caption) if self.config.caption.captioner == "transformers" else None
+
     def weights_uri(self) -> str:
         return weights_folder(self.datasets["pretrain"]) if self.pretrains else self.given_weights
 
@@ -57,7 +65,11 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     if not isinstance(source, WorldSource):
         source = source.model_copy(update={"uri": absolute(source.uri)})
     embed = config.embed.model_copy(update={"weights": absolute(config.embed.weights)})
-    return config.model_copy(update={"storage": absolute(config.storage), "source": source, "embed": embed})
+    caption = config.caption
+    if is_directory(caption.model):
+        caption = caption.model_copy(update={"model": absolute(caption.model)})
+    changed = {"storage": absolute(config.storage), "source": source, "caption": caption, "embed": embed}
+    return config.model_copy(update=changed)
 
 
 class Stage(NamedTuple):
@@ -101,11 +113,27 @@ def _labels(run: Run, publication: Publication) -> None:
     collect_labels(run.source.labels(), run.datasets["tiles"], publication)
 
 
+def caption_work(run: Run) -> CaptionWork:
+    """What this run's captions are made from, once its tiles are there."""
+    from urbanclip_ray.captioners.caption import CaptionWork
+    from urbanclip_ray.captioners.store import STORE
+
+    config = run.config
+    given = run.source.captions() if config.caption.captioner == "given" else None
+    store_uri = join(config.storage, STORE)  # beside the runs: all of them share it
+    return CaptionWork(run.datasets["tiles"], config.caption, config.pixels, given, run.caption_model, store_uri)
+
+
 def _captions(run: Run, publication: Publication) -> None:
     from urbanclip_ray.captioners.caption import caption_tiles
 
-    given = run.source.captions() if run.config.caption.captioner == "given" else None
-    caption_tiles(run.datasets["tiles"], run.config.caption, run.config.pixels, given, publication)
+    caption_tiles(caption_work(run), publication)
+
+
+def _caption_content(run: Run) -> dict[str, Any]:
+    model = run.caption_model
+    exact = {} if model is None else {"model": model.name, "revision": model.revision}
+    return {"caption": run.config.caption.content() | exact, "pixels": run.config.pixels.content()}
 
 
 def _pairs(run: Run, publication: Publication) -> None:
@@ -200,7 +228,7 @@ STAGES: tuple[Stage, ...] = (
         "captions",
         "caption",
         ("tiles",),
-        lambda run: {"caption": run.config.caption.content(), "pixels": run.config.pixels.content()},
+        _caption_content,
         _captions,
         lambda run: run.pretrains,
     ),

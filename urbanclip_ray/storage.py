@@ -28,7 +28,7 @@ from urbanclip_ray.schema import FORMAT_VERSION
 MANIFEST = "manifest.json"
 READ_CHUNK_BYTES = 1 << 20
 S3_ATTEMPTS = 10  # the default of 3 loses transfers when a server restarts (6 s away)
-RECORDED_LIBRARIES = ("ray", "torch", "open_clip_torch", "deepspeed", "pyarrow", "numpy", "scikit-learn")
+RECORDED_LIBRARIES = ("ray", "torch", "open_clip_torch", "deepspeed", "transformers", "pyarrow", "numpy", "scikit-learn")
 
 
 class StorageError(UserError, RuntimeError):

@@ -8,15 +8,15 @@ import sys
 import pytest
 
 from urbanclip_ray import check, pipeline, plan
-from urbanclip_ray.command_line import build_parser, run_job
+from urbanclip_ray.command_line import Look, build_parser, run_job
 from urbanclip_ray.config import RunConfig
 from urbanclip_ray.recipes import RECIPES, load_recipe
 from urbanclip_ray.storage import StorageError
 
 
-def run(monkeypatch, *arguments: str, stages=("tiles",)) -> None:
+def run(monkeypatch, *arguments: str, stages=("tiles",), looks=()) -> None:
     monkeypatch.setattr(sys, "argv", ["job.py", *arguments])
-    run_job("A job.", ["train"], list(stages))
+    run_job("A job.", ["train"], list(stages), looks)
 
 
 def test_help_lists_recipes_and_the_keys_of_its_sections():
@@ -85,3 +85,43 @@ def test_mistakes_of_ours_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(pipeline, "run_stages", fail)
     with pytest.raises(AssertionError):
         run(monkeypatch, "--recipe", "tiny_test")
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """Two looks that record what they were shown, and a pipeline that must not run."""
+    monkeypatch.setattr(pipeline, "run_stages", lambda config, stages: pytest.fail("must not run"))
+    monkeypatch.setattr(pipeline, "find_parents", lambda config, name: (config.run, name))
+    shown: list = []
+    both = [Look(flag, "Look.", lambda *seen, flag=flag: shown.append((flag, *seen))) for flag in ("--preview", "--plan")]
+    return both, shown
+
+
+@pytest.mark.parametrize(("arguments", "limit"), [([], None), (["--limit", "7"], 7)])
+def test_a_look_takes_the_place_of_the_stage(monkeypatch, looks, arguments, limit):
+    both, shown = looks
+    run(monkeypatch, "--recipe", "tiny_test", "--plan", *arguments, stages=["captions"], looks=both)
+    assert shown == [("--plan", ("tiny_test", "captions"), limit)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--limit", "3"], "--limit goes with --preview or --plan"),
+        (["--plan", "--limit", "0"], "'0' is not a whole number above 0"),
+        (["--plan", "--limit", "many"], "'many' is not a whole number above 0"),
+        (["--plan", "--preview"], "not allowed with argument"),
+    ],
+)
+def test_a_look_that_makes_no_sense_is_refused(monkeypatch, looks, capsys, arguments, message):
+    both, shown = looks
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--recipe", "tiny_test", *arguments, looks=both)
+    assert message in capsys.readouterr().err
+    assert shown == []
+
+
+def test_a_job_without_looks_has_no_limit(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--recipe", "tiny_test", "--limit", "3")
+    assert "unrecognized arguments: --limit 3" in capsys.readouterr().err

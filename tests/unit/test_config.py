@@ -72,6 +72,10 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(override, parts):
         ("caption.tiles_per_batch=0", "caption.tiles_per_batch", "0"),
         ("train.checkpoint_every_steps=0", "train.checkpoint_every_steps", "0"),
         ("embed.gpus_per_actor=-1", "embed.gpus_per_actor", "-1"),
+        ("caption.gpus_per_actor=-1", "caption.gpus_per_actor", "-1"),
+        ("caption.dtype=int8", "caption.dtype", "'int8'"),
+        ("caption.decoding.top_p=0", "caption.decoding.top_p", "0"),
+        ("caption.decoding.max_new_tokens=0", "caption.decoding.max_new_tokens", "0"),
     ],
 )
 def test_a_bad_value_names_its_key_and_itself(override, key, got):
@@ -115,6 +119,8 @@ def test_the_fixes_named_for_batch_sizes_are_accepted():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["caption.captioner=transformers"], "caption.captioner=transformers needs caption.model: a directory"),
+        (["caption.decoding.num_samples=2"], "caption.decoding.num_samples=2 with temperature 0 would repeat"),
         (["refine.min_words=61"], "refine.min_words is above refine.max_words"),
         (["split.test_share=0.8"], "split.test_share + split.val_share leave nothing to train on"),
         (["train.contrastive_weight=0", "train.caption_weight=0"], "train.contrastive_weight and train.caption_weight"),
@@ -183,6 +189,11 @@ def test_configs_are_frozen_and_unknown_fields_are_refused_on_construction():
         (IngestConfig(), IngestConfig(tiles_per_batch=7)),
         (CaptionConfig(), CaptionConfig(num_actors=9, tiles_per_batch=1)),
         (TrainConfig(), TrainConfig(zero_stage=3, checkpoint_every_steps=1, keep_checkpoints=9, max_failures=0)),
+        (CaptionConfig(), CaptionConfig(prompt="of another captioner", dtype="float32", decoding={"num_beams": 3})),
+        (
+            CaptionConfig(captioner="transformers", model="a"),
+            CaptionConfig(captioner="transformers", model="b", gpus_per_actor=1, device_map="auto", max_actor_restarts=0),
+        ),
         (EmbedConfig(), EmbedConfig(num_actors=5, gpus_per_actor=0.5, tiles_per_batch=1)),
         (ResourcesConfig(), ResourcesConfig(num_workers=7, cpus_per_worker=3, use_gpu=True)),
     ],
@@ -205,4 +216,7 @@ def test_what_is_made_is_part_of_the_content():
         "max_failures",
     }
     assert ResourcesConfig().content() == {}
+    vision_language = CaptionConfig(captioner="transformers", model="a")
+    for change in ({"prompt": "b"}, {"dtype": "float32"}, {"decoding": {"seed": 1}}):
+        assert CaptionConfig(captioner="transformers", model="a", **change).content() != vision_language.content()
     assert json.loads(json.dumps(content)) == content  # JSON-ready: no tuples, no objects

@@ -15,7 +15,7 @@ from urbanclip_ray import pipeline, plan
 from urbanclip_ray.config import ConfigError, RunConfig
 from urbanclip_ray.model.weights import WEIGHTS_FILE
 from urbanclip_ray.overrides import apply_overrides
-from urbanclip_ray.pipeline import run_stages
+from urbanclip_ray.pipeline import find_parents, run_stages
 from urbanclip_ray.recipes import load_recipe
 from urbanclip_ray.stages import STAGES, find_weights
 from urbanclip_ray.storage import MissingDatasetError, find_dataset, open_dataset, publish
@@ -185,6 +185,30 @@ def test_run_json_names_the_current_datasets_relative_to_the_run(config, made, t
     assert record["config"]["pack"]["seed"] == 1
     for place in record["datasets"].values():
         assert find_dataset(f"{tmp_path}/storage/tiny_test/{place}") is not None
+
+
+def test_captions_depend_on_the_model_s_files_and_not_on_where_they_lie(config, made, tmp_path):
+    model = tmp_path / "here" / "blip"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"weights")
+    options = ["caption.captioner=transformers", f"caption.cache_folder={tmp_path / 'cache'}"]
+    after_captions = [name for name in NAMES if name not in ("tiles", "labels", "splits")]
+    rerun(config, made)
+    assert rerun(config, made, *options, f"caption.model={model}") == after_captions
+    (tmp_path / "there").mkdir()
+    moved = model.rename(tmp_path / "there" / "blip")
+    assert rerun(config, made, *options, f"caption.model=file://{moved}") == []
+    (moved / "config.json").write_text('{"changed": 1}')
+    assert rerun(config, made, *options, f"caption.model={moved}") == after_captions
+
+
+def test_a_stage_s_parents_are_found_or_the_job_to_run_first_is_named(config, made):
+    with pytest.raises(MissingDatasetError, match=r"run jobs/ingest\.py"):
+        find_parents(config, "captions")
+    rerun(config, made)
+    assert set(find_parents(config, "captions").datasets) == {"tiles"}
+    assert set(find_parents(config, "retrieval").datasets) == set(NAMES) - {"labels", "untrained", "probe", "retrieval"}
 
 
 def test_weights_are_found_in_a_folder_a_dataset_or_a_run(config, made, tmp_path):

@@ -3,101 +3,178 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
+import ray.data
+import ray.exceptions
 
 from urbanclip_ray import dataflow
-from urbanclip_ray.captioners.base import Captioner, Tile
-from urbanclip_ray.captioners.given import GivenCaptioner
-from urbanclip_ray.captioners.land_cover import LandCoverCaptioner
+from urbanclip_ray.captioners import given as source_captions
+from urbanclip_ray.captioners import land_cover, vision_language
+from urbanclip_ray.captioners.base import Captioner, Origin, Tile, UnusableCaptionerError
+from urbanclip_ray.captioners.model_files import ModelReference
+from urbanclip_ray.captioners.store import CaptionStore, StoredCaptioner
 from urbanclip_ray.config import CaptionConfig, ConfigError, PixelsConfig
-from urbanclip_ray.errors import UserError
-from urbanclip_ray.schema import CAPTIONS, caption_key
+from urbanclip_ray.errors import UserError, one_line
+from urbanclip_ray.schema import CAPTIONS
 from urbanclip_ray.storage import Dataset, Publication
 
 UNREADABLE = "unreadable tile"
+UNUSABLE = "unusable captioner"
+TILE_COLUMNS = ["tile_id", "image", "sha256", "error"]
 
 
 class CaptionError(UserError, RuntimeError):
-    """Too many tiles could not be captioned."""
+    """Too many tiles could not be captioned, or the captioner itself cannot be used."""
 
 
-def caption_tiles(
-    tiles: Dataset, config: CaptionConfig, pixels: PixelsConfig, given: pa.Table | None, publication: Publication
-) -> None:
-    """One row per generated description; a tile without one is a row with its `error`.
+class CaptionWork(NamedTuple):
+    """What captions are made from, and by whom."""
 
-    `given` is the source's own captions (tile_id, text), needed by the captioner of that name.
+    tiles: Dataset
+    config: CaptionConfig
+    pixels: PixelsConfig
+    given: pa.Table | None = None  # the source's own captions (tile_id, text), for the captioner `given`
+    model: ModelReference | None = None  # for the captioner `transformers`
+    store_uri: str = ""  # of the caption store, which `transformers` uses
+
+    def origin(self) -> Origin:
+        """What will make the captions; no model is loaded for it."""
+        if self.model is not None:
+            origin = vision_language.origin_of(self.config, self.model)
+        else:
+            origin = source_captions.ORIGIN if self.config.captioner == "given" else land_cover.ORIGIN
+        return origin._replace(decoding=origin.decoding | self.pixels.content())
+
+    def store(self) -> CaptionStore | None:
+        """What the store holds of this origin; None for captioners that cost less than a look-up."""
+        if self.model is None:
+            return None
+        store = CaptionStore(self.store_uri, self.origin())
+        store.refresh()
+        return store
+
+
+def caption_tiles(work: CaptionWork, publication: Publication) -> None:
+    """One row per description; a tile without one is a row with its `error`.
+
+    Raises ConfigError when the source has no captions to give, and CaptionError when too many tiles have none, when the
+    captioner cannot be used at all, or when its actors keep dying. What was generated until then stays in the store.
     """
-    if config.captioner == "given" and (given is None or given.num_rows == 0):
-        raise ConfigError("caption.captioner=given, but the source brings no captions: use caption.captioner=land_cover")
+    store = work.store()
+    known = store.keys() if store is not None else set()
     dataflow.connect()
-    rows = dataflow.read(tiles, ["tile_id", "image", "sha256", "error"]).map_batches(
-        CaptionBatch,
-        fn_constructor_kwargs={"config": config, "pixels": pixels, "given": ray.put(given)},
+    try:
+        dataflow.write(describe_rows(dataflow.read(work.tiles, TILE_COLUMNS), work), publication)
+    except ray.exceptions.RayActorError as error:
+        raise CaptionError(
+            f"a captioner's process died more than caption.max_actor_restarts={work.config.max_actor_restarts} times: "
+            f"{one_line(error)}. If memory ran out, lower caption.tiles_per_batch or caption.num_actors; "
+            "what is described is kept, so run the same command again"
+        ) from error
+    _count(publication, work)
+    if store is not None:
+        _count_generated(publication, work.origin(), known)
+
+
+def describe_rows(rows: ray.data.Dataset, work: CaptionWork, actor: type[CaptionBatch] | None = None) -> ray.data.Dataset:
+    """Rows of captions from rows of tiles (`TILE_COLUMNS`), described in actors of this class."""
+    config = work.config
+    if config.captioner == "given" and (work.given is None or work.given.num_rows == 0):
+        raise ConfigError("caption.captioner=given, but the source brings no captions: use caption.captioner=land_cover")
+    return rows.map_batches(
+        actor or CaptionBatch,
+        fn_constructor_kwargs={"work": work._replace(given=None), "given_captions": ray.put(work.given)},
         batch_size=config.tiles_per_batch,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.num_actors),
+        num_gpus=config.gpus_per_actor or None,
+        max_restarts=config.max_actor_restarts,  # Ray's own default is to try for ever
+        max_task_retries=config.max_actor_restarts,
     )
-    dataflow.write(rows, publication)
-    _count(publication, tiles, config, given)
 
 
 class CaptionBatch:
     """A Ray Data actor around one captioner. Follows a batch of tiles to rows of captions."""
 
-    def __init__(self, config: CaptionConfig, pixels: PixelsConfig, given: Any) -> None:
-        self._pixels = pixels
-        self._captioner: Captioner = GivenCaptioner(ray.get(given)) if config.captioner == "given" else LandCoverCaptioner()
+    def __init__(self, work: CaptionWork, given_captions: Any) -> None:
+        self._pixels = work.pixels
+        self._origin = work.origin()
+        self._captioner = _build_captioner(work, given_captions)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        captioner = self._captioner
         rows = batch.to_pylist()
         readable = [row for row in rows if row["error"] is None]
         described = dict(
             zip(
                 (row["tile_id"] for row in readable),
-                captioner.describe([Tile(row["tile_id"], row["image"], self._pixels) for row in readable]),
+                self._captioner.describe([Tile(row["tile_id"], row["image"], self._pixels) for row in readable]),
                 strict=True,
             )
         )
         out: list[dict[str, Any]] = []
         for row in rows:
             texts = described.get(row["tile_id"], ValueError(f"{UNREADABLE}: {row['error']}"))
-            common = {"tile_id": row["tile_id"], "model": captioner.model, "prompt": captioner.prompt}
+            common = {"tile_id": row["tile_id"], "model": self._origin.model, "prompt": self._origin.prompt}
             for sample, text in enumerate([None] if isinstance(texts, Exception) else texts):
-                key = caption_key(
-                    row["sha256"] or row["tile_id"],
-                    captioner.model,
-                    captioner.revision,
-                    captioner.prompt,
-                    captioner.decoding,
-                    sample,
-                )
-                error = str(texts) if isinstance(texts, Exception) else None
+                key = self._origin.key(row["sha256"] or row["tile_id"], sample)
+                error = _reason(texts) if isinstance(texts, Exception) else None
                 out.append(common | {"caption_key": key, "text": text, "error": error})
         return dataflow.conform({name: [row[name] for row in out] for name in CAPTIONS.names}, CAPTIONS)
 
 
-def _count(publication: Publication, tiles: Dataset, config: CaptionConfig, given: pa.Table | None) -> None:
+def _build_captioner(work: CaptionWork, given_captions: Any) -> Captioner:
+    model, config = work.model, work.config
+    if model is not None:
+        store = CaptionStore(work.store_uri, work.origin())
+        return StoredCaptioner(
+            store, config.decoding.num_samples, lambda: vision_language.VisionLanguageCaptioner(config, model)
+        )
+    if config.captioner == "given":
+        return source_captions.GivenCaptioner(ray.get(given_captions))
+    return land_cover.LandCoverCaptioner()
+
+
+def _reason(error: Exception) -> str:
+    return f"{UNUSABLE}: {error}" if isinstance(error, UnusableCaptionerError) else str(error)
+
+
+def refuse_unusable(errors: list[str]) -> None:
+    """Raise CaptionError where a row's error is the captioner's and not the tile's: more tiles would change nothing."""
+    unusable = next((error for error in errors if error.startswith(UNUSABLE)), None)
+    if unusable is not None:
+        raise CaptionError(unusable.removeprefix(f"{UNUSABLE}: "))
+
+
+def _count(publication: Publication, work: CaptionWork) -> None:
+    config = work.config
     written = publication.read(["tile_id", "error"])
     errors = [error for error in written["error"].to_pylist() if error is not None]
+    refuse_unusable(errors)
     rejects = Counter(error.split(":")[0] for error in errors)
-    if config.captioner == "given" and given is not None:
-        unknown = given.filter(pc.invert(pc.is_in(given["tile_id"], value_set=written["tile_id"])))
+    if config.captioner == "given" and work.given is not None:
+        unknown = work.given.filter(pc.invert(pc.is_in(work.given["tile_id"], value_set=written["tile_id"])))
         if unknown.num_rows:
             rejects["caption of an unknown tile"] = unknown.num_rows
             publication.facts["unknown_tiles"] = pc.unique(unknown["tile_id"]).to_pylist()[:20]
     rows_out = written.num_rows - len(errors)
     publication.count(unit="captions", rows_in=rows_out + sum(rejects.values()), rows_out=rows_out, rejects=dict(rejects))
     failed = sum(1 for error in errors if not error.startswith(UNREADABLE))
-    num_tiles = max(1, tiles.manifest.rows_out)
+    num_tiles = max(1, work.tiles.manifest.rows_out)
     if failed > config.max_error_share * num_tiles:
         first = next(error for error in errors if not error.startswith(UNREADABLE))
         raise CaptionError(
             f"{failed} of {num_tiles} readable tiles could not be captioned (the first: {first}), more than "
             f"caption.max_error_share={config.max_error_share}: mend the captions, or raise that share to go on"
         )
+
+
+def _count_generated(publication: Publication, origin: Origin, known: set[str]) -> None:
+    """Facts: the model, and how many of the captions were in the store before this run."""
+    written = publication.read(["caption_key", "error"])
+    keys = written.filter(pc.is_null(written["error"]))["caption_key"].to_pylist()
+    from_store = sum(1 for key in keys if key in known)
+    publication.facts["captions"] = {"from_store": from_store, "generated": len(keys) - from_store}
+    publication.facts["model"] = {"name": origin.model, "revision": origin.revision}

@@ -6,18 +6,15 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from urbanclip_ray.captioners.base import Tile
+from urbanclip_ray.captioners.base import Origin, Tile
+
+ORIGIN = Origin("given", "1", "", {})
 
 
 class GivenCaptioner:
     """Looks captions up by tile id. `captions` has the columns `tile_id` and `text`, in the source's order."""
 
-    model = "given"
-    revision = "1"
-    prompt = ""
-
     def __init__(self, captions: pa.Table) -> None:
-        self.decoding: dict[str, float | int | str] = {}
         self._texts: dict[str, list[str]] = {}
         for tile_id, text in zip(captions["tile_id"].to_pylist(), captions["text"].to_pylist(), strict=True):
             self._texts.setdefault(tile_id, []).append(text or "")

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from urbanclip_ray.captioners.base import Tile
+from urbanclip_ray.captioners.base import Origin, Tile
 
+ORIGIN = Origin("land_cover (rule-based baseline)", "1", "", {})
 ANALYSIS_PX = 96  # tiles are reduced to this before they are measured
 MIN_SHARE = 0.04  # covers below it are not mentioned
 
@@ -173,13 +174,6 @@ def _colour(seen: Measurement) -> str:
 
 class LandCoverCaptioner:
     """A rule-based baseline: one description of several sentences per tile."""
-
-    model = "land_cover (rule-based baseline)"
-    revision = "1"
-    prompt = ""
-
-    def __init__(self) -> None:
-        self.decoding: dict[str, float | int | str] = {}
 
     def describe(self, tiles: Sequence[Tile]) -> list[list[str] | Exception]:
         return [_describe_one(tile) for tile in tiles]

@@ -38,7 +38,11 @@ SOURCE_NAMES = {
     "rsicd": "RSICD (Lu et al. 2017)",
     "world": "the world demo (NASA Blue Marble, region scale)",
 }
-CAPTIONER_NAMES = {"land_cover": "the rule-based baseline", "given": "the source itself"}
+CAPTIONER_NAMES = {
+    "land_cover": "the rule-based baseline",
+    "given": "the source itself",
+    "transformers": "a vision-language model",
+}
 NUM_TILES_SHOWN = 12
 NUM_TILES_WITH_REJECTS = 5  # of those shown, where there are as many
 NUM_SENTENCES_SHOWN = 8
@@ -98,7 +102,7 @@ def _page(config: RunConfig, datasets: Mapping[str, Dataset], record: Json) -> s
         retrieval=_retrieval_rows(record["retrieval"] or []),
         gallery=_gallery(datasets, outer),
         rule_based=config.caption.captioner == "land_cover" and "captions" in datasets,
-        captioner=CAPTIONER_NAMES[config.caption.captioner],
+        captioner=_captioner_name(config, datasets),
         provenance=record["provenance"],
         libraries=_libraries(record["provenance"]),
         config_json=json.dumps(record["config"], indent=2),
@@ -141,11 +145,17 @@ def _libraries(provenance: dict[str, Json]) -> list[Json]:
     ]
 
 
+def _captioner_name(config: RunConfig, datasets: Mapping[str, Dataset]) -> str:
+    model = datasets["captions"].manifest.facts.get("model") if "captions" in datasets else None
+    name = CAPTIONER_NAMES[config.caption.captioner]
+    return f"{name}, {model['name']} at revision {model['revision'][:12]}" if model else name
+
+
 def _lead(config: RunConfig, datasets: Mapping[str, Dataset], record: Json) -> list[str]:
     tiles = datasets["tiles"].manifest
     lead = [f"{tiles.rows_out:,} of {tiles.rows_in:,} {tiles.unit} of {SOURCE_NAMES[config.source.kind]} could be used."]
     if "captions" in datasets:
-        sentence = f"They were described by {CAPTIONER_NAMES[config.caption.captioner]}"
+        sentence = f"They were described by {_captioner_name(config, datasets)}"
         if "pairs" in datasets:
             pairs = datasets["pairs"].manifest
             sentence += f"; {pairs.rows_out:,} of {pairs.rows_in:,} {pairs.unit} were kept"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
 
-from urbanclip_ray.captioners.caption import CaptionError, caption_tiles
+from urbanclip_ray.captioners import caption as caption_module
+from urbanclip_ray.captioners.caption import CaptionError, CaptionWork, caption_tiles
 from urbanclip_ray.config import CaptionConfig, ConfigError, PixelsConfig
 from urbanclip_ray.schema import CAPTIONS, TILES
 from urbanclip_ray.storage import MissingDatasetError, open_dataset, publish
@@ -47,7 +49,7 @@ def tiles(tmp_path_factory):
 
 def caption(tiles, uri, config, given=None):
     with publish(str(uri), "captions", config.content(), {"tiles": tiles}) as publication:
-        caption_tiles(tiles, config, PixelsConfig(), given, publication)
+        caption_tiles(CaptionWork(tiles, config, PixelsConfig(), given), publication)
     return open_dataset(str(uri))
 
 
@@ -80,6 +82,14 @@ def test_rows_and_keys_do_not_depend_on_batching(tiles, described, tmp_path):
     assert len(set(again["caption_key"].to_pylist())) == NUM_TILES
 
 
+def test_a_margin_cut_off_makes_other_keys(tiles, described):
+    config = CaptionConfig()
+    uncut = CaptionWork(tiles, config, PixelsConfig()).origin()
+    cut = CaptionWork(tiles, config, PixelsConfig(crop_bottom_px=2)).origin()
+    assert described.read()["caption_key"][0].as_py() == uncut.key(hashlib.sha256(png(0)).hexdigest(), 0)
+    assert cut.key("ab", 0) != uncut.key("ab", 0)
+
+
 def test_given_captions_keep_their_order_and_those_of_unknown_tiles_are_counted(tiles, described, tmp_path):
     known = [f"r/{index}" for index in range(NUM_TILES) if index != BROKEN]
     given = given_captions(*known, "q/9", "r/0", "r/1", "q/9", "r/0")
@@ -107,6 +117,24 @@ def test_too_many_tiles_without_caption_stop_the_stage_and_leave_nothing(tiles, 
         open_dataset(str(tmp_path / "c"))
     dataset = caption(tiles, tmp_path / "c", CaptionConfig(captioner="given", max_error_share=0.34), given)
     assert dataset.manifest.rejects == {"the source gives no caption": 2, "unreadable tile": 1}
+
+
+def test_a_captioner_whose_process_keeps_dying_stops_the_stage(tiles, tmp_path, monkeypatch):
+    lives = tmp_path / "lives"
+
+    class Dying(caption_module.CaptionBatch):
+        def __call__(self, batch):
+            with lives.open("a") as file:
+                file.write("x")
+            os._exit(1)
+
+    monkeypatch.setattr(caption_module, "CaptionBatch", Dying)
+    config = CaptionConfig(num_actors=1, max_actor_restarts=1)
+    with pytest.raises(CaptionError, match=r"died more than caption\.max_actor_restarts=1 times.*run the same command again"):
+        caption(tiles, tmp_path / "c", config)
+    assert len(lives.read_text()) <= 4  # two files, each tried twice: not for ever
+    with pytest.raises(MissingDatasetError):
+        open_dataset(str(tmp_path / "c"))
 
 
 @pytest.mark.parametrize("given", [None, given_captions()])

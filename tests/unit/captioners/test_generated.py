@@ -1,0 +1,139 @@
+"""The caption stage, its preview and its plan with real vision-language classes on a real Ray, and the store below them."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from urbanclip_ray.captioners.caption import CaptionError, CaptionWork, caption_tiles
+from urbanclip_ray.captioners.model_files import resolve_model
+from urbanclip_ray.captioners.plan import plan_captions
+from urbanclip_ray.captioners.preview import preview_captions
+from urbanclip_ray.config import CaptionConfig, PixelsConfig
+from urbanclip_ray.schema import TILES
+from urbanclip_ray.storage import MissingDatasetError, open_dataset, publish
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+NUM_TILES = 12
+BROKEN = 3  # this one cannot be read
+DOUBLE = 7  # this one has the bytes of the one before it
+
+
+def png(seed: int) -> bytes:
+    stream = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (56 + 14 * (seed % 3), 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory):
+    uri = str(tmp_path_factory.mktemp("tiles") / "tiles")
+    rows = []
+    for index in range(NUM_TILES):
+        image = b"" if index == BROKEN else png(index - 1 if index == DOUBLE else index)
+        row = {"tile_id": f"<b>/{index:02}", "region": "r", "scheme": "none", "image": image}
+        row |= {"sha256": hashlib.sha256(image).hexdigest() if image else None, "error": None if image else "zero bytes"}
+        rows.append(row)
+    table = pa.Table.from_pylist(rows, schema=TILES)
+    with publish(uri, "tiles", {}, {}) as publication:
+        publication.write_table(table.slice(0, 5), "part-0.parquet")
+        publication.write_table(table.slice(5), "part-1.parquet")
+        publication.count(unit="tiles", rows_in=NUM_TILES, rows_out=NUM_TILES - 1, rejects={"zero bytes": 1})
+    return open_dataset(uri)
+
+
+def make_work(tiles, model: str, storage: Path, **keys) -> CaptionWork:
+    decoding = {"max_new_tokens": 6}
+    keys = {"prompt": "", "decoding": decoding, "tiles_per_batch": 4, "num_actors": 1} | keys
+    config = CaptionConfig(captioner="transformers", model=model, cache_folder=str(storage / "cache"), **keys)
+    return CaptionWork(tiles, config, PixelsConfig(), None, resolve_model(config), str(storage / "caption_store"))
+
+
+def caption(work: CaptionWork, uri: Path):
+    with publish(str(uri), "captions", {}, {"tiles": work.tiles}) as publication:
+        caption_tiles(work, publication)
+    return open_dataset(str(uri))
+
+
+def test_blip_previews_then_captions_what_is_missing_and_then_nothing(tiles, vision_language_models, tmp_path):
+    work = make_work(tiles, str(vision_language_models["blip"]), tmp_path)
+    uri = preview_captions(work, str(tmp_path / "run"), 5)
+    assert uri == str(tmp_path / "run" / "caption_preview.html")
+    page = Path(uri).read_text()
+    assert "Captions of 5 of 11 tiles" in page
+    assert len(re.findall(r'<img src="data:image/jpeg;base64,', page)) == 5
+    assert "&lt;b&gt;/" in page
+    assert "<b>" not in page
+
+    first = caption(work, tmp_path / "first")
+    manifest = first.manifest
+    assert manifest.rejects == {"unreadable tile": 1}
+    assert manifest.rows_out == NUM_TILES - 1
+    facts = manifest.facts["captions"]
+    assert facts["from_store"] + facts["generated"] == NUM_TILES - 1
+    assert 5 <= facts["from_store"] <= 6  # the fifth may be one of the two that are equal
+    assert manifest.facts["model"] == {"name": "blip", "revision": work.model.revision}
+
+    again = caption(work._replace(config=work.config.model_copy(update={"tiles_per_batch": 5})), tmp_path / "again")
+    assert again.manifest.facts["captions"] == {"from_store": NUM_TILES - 1, "generated": 0}
+    rows = {row["tile_id"]: row for row in first.read().to_pylist()}
+    assert again.read().to_pylist() == first.read().to_pylist()
+    assert rows["<b>/06"]["text"] == rows["<b>/07"]["text"]
+    shown = [row for tile_id, row in rows.items() if html.escape(tile_id) in page]
+    assert len(shown) == 5
+    assert all(row["text"] in page for row in shown)
+    assert "to be generated" in str(plan_captions(work))
+    assert plan_captions(work).num_missing == 0
+
+
+def test_a_chat_model_from_a_uri_is_planned_and_captioned_with_several_samples(tiles, vision_language_models, tmp_path):
+    decoding = {"max_new_tokens": 6, "temperature": 1.0, "num_samples": 2}
+    model = f"file://{vision_language_models['qwen2_vl']}"
+    work = make_work(tiles, model, tmp_path, prompt="describe this", decoding=decoding)
+    plan = plan_captions(work, 4)
+    assert (plan.num_tiles, plan.num_unreadable, plan.num_captions) == (11, 1, 20)  # two tiles are equal
+    assert (plan.num_stored, plan.num_missing, plan.num_timed) == (8, 12, 3)  # the first waits for the model, untimed
+    assert plan.seconds_per_tile > 0
+    assert re.search(r"cost: \S+ CPU-hours, \S+ hours on 1 actors, at \S+ s a tile", str(plan))
+
+    dataset = caption(work, tmp_path / "captions")
+    facts = dataset.manifest.facts["captions"]
+    assert facts["from_store"] in (8, 10)  # 10 where one of the equal tiles was timed
+    assert facts["from_store"] + facts["generated"] == 22
+    rows = [row for row in dataset.read().to_pylist() if row["error"] is None]
+    assert len(rows) == 22
+    assert len({row["caption_key"] for row in rows}) == 20
+    assert {row["model"] for row in rows} == {"qwen2_vl"}
+    assert list((tmp_path / "cache" / "models").glob("*/model.safetensors"))
+
+
+def test_a_model_that_cannot_be_loaded_stops_the_stage_whatever_share_of_errors_is_allowed(tiles, tmp_path):
+    folder = tmp_path / "unknown"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "nonsense"}')
+    (folder / "model.safetensors").write_bytes(b"")
+    work = make_work(tiles, str(folder), tmp_path, max_error_share=1.0)
+    for attempt in (
+        lambda: caption(work, tmp_path / "captions"),
+        lambda: preview_captions(work, str(tmp_path / "run"), 2),
+    ):
+        with pytest.raises(CaptionError, match=rf"caption\.model={folder} cannot be loaded as an image-text-to-text model"):
+            attempt()
+    with pytest.raises(MissingDatasetError):
+        open_dataset(str(tmp_path / "captions"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_plan_of_a_captioner_without_a_store(tiles):
+    plan = plan_captions(CaptionWork(tiles, CaptionConfig(num_actors=1), PixelsConfig()), 4)
+    assert (plan.num_captions, plan.num_stored, plan.num_timed) == (10, 0, 3)

@@ -1,0 +1,42 @@
+"""A few tiles, drawn with a seed, and their captions: what a preview shows and a plan measures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.data
+
+from urbanclip_ray import dataflow
+from urbanclip_ray.captioners.caption import TILE_COLUMNS, CaptionBatch, CaptionWork, describe_rows
+from urbanclip_ray.storage import Dataset
+
+SAMPLE_SEED = 0
+
+
+def draw_tiles(tiles: Dataset, tile_ids: Sequence[str], num_tiles: int) -> pa.Table:
+    """`TILE_COLUMNS` of at most `num_tiles` of these tiles, the same ones every time, in the order of their ids."""
+    dataflow.connect()
+    order = np.random.default_rng(SAMPLE_SEED).permutation(sorted(tile_ids))
+    drawn = pa.array(order[:num_tiles].tolist(), pa.string())
+
+    def keep(batch: pa.Table) -> pa.Table:
+        return batch.filter(pc.is_in(batch["tile_id"], value_set=drawn))
+
+    rows = dataflow.read(tiles, TILE_COLUMNS)
+    return _collect(dataflow.map_tables(rows, keep, batch_size=1024)).sort_by("tile_id")
+
+
+def describe_tiles(tiles: pa.Table, work: CaptionWork, actor: type[CaptionBatch] = CaptionBatch) -> pa.Table:
+    """What actors of this class make of a few tiles, spread over as many actors as the config has."""
+    size = work.config.tiles_per_batch
+    blocks = [tiles.slice(at, size) for at in range(0, tiles.num_rows, size)]
+    return _collect(describe_rows(ray.data.from_arrow(blocks), work, actor))
+
+
+def _collect(rows: ray.data.Dataset) -> pa.Table:
+    tables: list[pa.Table] = ray.get(rows.to_arrow_refs())
+    return pa.concat_tables([table for table in tables if table.num_rows])  # an empty block may have no columns

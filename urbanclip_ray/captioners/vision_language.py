@@ -1,0 +1,163 @@
+"""The captioner `transformers`: any image-text-to-text model of the transformers library, and BLIP.
+
+A model with a chat template is asked `caption.prompt` as a user's turn with the tile, and its answer is the caption. A model
+whose processor marks the image's place in the prompt gets the prompt as it stands. A model like BLIP knows neither: it
+takes the prompt as the caption's first words and goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from urbanclip_ray.captioners.base import Origin, Tile, UnusableCaptionerError
+from urbanclip_ray.captioners.model_files import ModelReference, fetch_model
+from urbanclip_ray.config import CaptionConfig, DecodingConfig
+from urbanclip_ray.errors import one_line
+from urbanclip_ray.imagery import TileImageError
+
+
+class GenerationError(RuntimeError):
+    """The model could not describe one tile."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(f"the model failed: {detail}")
+
+
+def origin_of(config: CaptionConfig, reference: ModelReference) -> Origin:
+    """What decides the model's texts. The chat template is a file of the model, so the revision covers it."""
+    decoding = {name: value for name, value in config.decoding.content().items() if name != "num_samples"}
+    if config.decoding.temperature == 0:
+        decoding = {name: decoding[name] for name in ("max_new_tokens", "num_beams")}  # nothing is drawn
+    return Origin(reference.name, reference.revision, config.prompt, decoding | {"dtype": config.dtype})
+
+
+class VisionLanguageCaptioner:
+    """A loaded model with its processor on this process's device; raises UnusableCaptionerError when it cannot be loaded.
+
+    With a temperature, texts depend on the seed and on the tiles that were described together.
+    """
+
+    def __init__(self, config: CaptionConfig, reference: ModelReference) -> None:
+        folder = fetch_model(reference, config.cache_folder)
+        self._prompt = config.prompt
+        self._decoding = config.decoding
+        self._processor, self._model = _load(folder, config, reference)
+        self._has_chat = getattr(self._processor, "chat_template", None) is not None
+        self._answers = self._has_chat or getattr(self._processor, "image_token", None) is not None
+
+    def describe(self, tiles: Sequence[Tile]) -> list[list[str] | Exception]:
+        images = [_pixels(tile) for tile in tiles]
+        texts = iter(self._texts([image for image in images if isinstance(image, Image.Image)]))
+        return [next(texts) if isinstance(image, Image.Image) else image for image in images]
+
+    def _texts(self, images: list[Image.Image]) -> list[list[str] | Exception]:
+        """Texts or errors of images; a batch that fails is halved until the image at fault stands alone."""
+        if not images:
+            return []
+        try:
+            return list(self._generate(images))
+        except Exception as error:  # whatever a model stumbles over, out of memory above all
+            failure = GenerationError(one_line(error))
+        if len(images) == 1:
+            return [failure]
+        half = len(images) // 2
+        return self._texts(images[:half]) + self._texts(images[half:])
+
+    def _generate(self, images: list[Image.Image]) -> list[list[str]]:
+        import torch
+
+        torch.manual_seed(_seed(self._decoding.seed, images))
+        inputs = self._inputs(images).to(self._model.device, dtype=self._model.dtype)
+        with torch.inference_mode():
+            output = self._model.generate(**inputs, **_options(self._decoding))
+        if self._answers:
+            output = _without_prompt(output, inputs["input_ids"])
+        words = self._processor.batch_decode(output, skip_special_tokens=True)
+        each = self._decoding.num_samples
+        return [[text.strip() for text in words[at : at + each]] for at in range(0, len(words), each)]
+
+    def _inputs(self, images: list[Image.Image]) -> Any:
+        if self._has_chat:
+            turns = [
+                [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": self._prompt}]}]
+                for image in images
+            ]
+            return self._processor.apply_chat_template(
+                turns,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True},
+            )
+        if not self._prompt:
+            return self._processor(images=images, return_tensors="pt")
+        return self._processor(images=images, text=[self._prompt] * len(images), padding=True, return_tensors="pt")
+
+
+def _load(folder: str, config: CaptionConfig, reference: ModelReference) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    safely = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        processor = AutoProcessor.from_pretrained(folder, **safely)
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=config.dtype, use_safetensors=True, device_map=config.device_map or None, **safely
+        )
+        if not config.device_map:
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
+    except Exception as error:  # foreign files: the library raises whatever it stumbles over
+        raise UnusableCaptionerError(
+            f"caption.model={reference.place} cannot be loaded as an image-text-to-text model of the transformers library: "
+            f"{one_line(error)}. Choose a model that takes images and writes text, with safetensors weights and its processor"
+        ) from None
+    if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
+        raise UnusableCaptionerError(
+            f"caption.model={reference.place} has no processor for images and text: choose a model that comes with one"
+        )
+    processor.tokenizer.padding_side = "left"  # a model goes on from the last position of its prompt
+    return processor, model.eval()
+
+
+def _pixels(tile: Tile) -> Image.Image | TileImageError:
+    try:
+        return tile.rgb()
+    except TileImageError as error:
+        return error
+
+
+def _options(decoding: DecodingConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "max_new_tokens": decoding.max_new_tokens,
+        "num_beams": decoding.num_beams,
+        "num_return_sequences": decoding.num_samples,
+        "do_sample": decoding.temperature > 0,
+    }
+    if decoding.temperature > 0:
+        options |= {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}  # 0: no limit of its own
+    return options
+
+
+def _seed(seed: int, images: list[Image.Image]) -> int:
+    """A seed from the images, so that a batch draws the same words wherever and whenever it is described."""
+    hasher = hashlib.sha256(str(seed).encode())
+    for image in images:
+        hasher.update(image.tobytes())
+    return int.from_bytes(hasher.digest()[:8], "big") >> 1
+
+
+def _without_prompt(output: Any, prompt: Any) -> Any:
+    """Token ids [images x samples, length] without the prompt [images, length] that decoder-only models repeat."""
+    import torch
+
+    repeated = prompt.repeat_interleave(output.shape[0] // prompt.shape[0], dim=0)
+    length = prompt.shape[1]
+    return output[:, length:] if torch.equal(output[:, :length], repeated) else output
