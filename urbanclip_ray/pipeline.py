@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from urbanclip_ray.config import RunConfig
-from urbanclip_ray.stages import STAGES, Run, Stage
+from urbanclip_ray.search_results import show_search
+from urbanclip_ray.stages import SEARCH_STAGES, STAGES, Run, Stage, check_search
 from urbanclip_ray.storage import (
     Dataset,
     MissingDatasetError,
@@ -37,24 +38,29 @@ LOG_WIDTH = 140  # columns of the tables where the output is no terminal
 def run_stages(config: RunConfig, only: Sequence[str] | None) -> Run:
     """Make the stages named (all of them: None), keeping what is complete; then the report, for all or "report".
 
-    Stages before the named ones must be complete: MissingDatasetError names the job to run first.
+    Stages before the named ones must be complete: MissingDatasetError names the job to run first. A "search" is no stage of
+    the walk: it makes what it needs, up to the shards, and then its trials.
     """
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     run = Run(config)
+    searches = only is not None and "search" in only
+    if searches:
+        check_search(run)
     summary = Table(title=f"run {config.run}", title_justify="left")
     for name in ("stage", "", "in", "out", "rejected", "dataset"):
         summary.add_column(name, justify="right" if name in ("in", "out") else "left", overflow="fold")
-    last = _last_stage(only)
-    for stage in STAGES[: last + 1]:
+    for stage in SEARCH_STAGES if searches else STAGES[: _last_stage(only) + 1]:
         if not stage.wanted(run):
             continue
-        made_s = run_stage(run, stage, console, make=only is None or stage.name in only)
+        made_s = run_stage(run, stage, console, make=only is None or searches or stage.name in only)
         _add_row(summary, stage, run.datasets[stage.name], made_s)
     console.print(summary)
     if only is None:
         _write_run_file(run)
     if only is None or "report" in only:
         _show_results(run, console)
+    if searches:
+        show_search(run.datasets["search"], console)
     return run
 
 

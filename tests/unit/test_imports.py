@@ -14,7 +14,19 @@ import urbanclip_ray
 
 PACKAGE = Path(urbanclip_ray.__file__).parent
 ROOT = PACKAGE.parent
-LIGHT = ["", ".errors", ".config", ".overrides", ".recipes", ".schema", ".storage", ".command_line", ".imagery", ".sources"]
+LIGHT = [
+    "",
+    ".errors",
+    ".config",
+    ".overrides",
+    ".recipes",
+    ".schema",
+    ".storage",
+    ".command_line",
+    ".imagery",
+    ".sources",
+    ".search_space",
+]
 HEAVY = ("torch", "ray", "deepspeed", "open_clip", "transformers")
 USES_RAY = {
     "urbanclip_ray.dataflow",
@@ -27,6 +39,7 @@ USES_RAY = {
     "urbanclip_ray.evaluate.probe",
     "urbanclip_ray.evaluate.retrieval",
     "urbanclip_ray.evaluate.baselines",
+    "urbanclip_ray.tune",
 }
 USES_DEEPSPEED = {"urbanclip_ray.train.engine", "urbanclip_ray.train.checkpoint"}
 
