@@ -213,8 +213,8 @@ def _collect(job: TrialJob, stopped: set[int]) -> TrialResult | None:
     record = read_record(job.uri)
     if record.failure is not None:
         return TrialResult(job.trial, record, "failed", None)
-    if job.trial.number in stopped:
-        return TrialResult(job.trial, record, "stopped", None)
     if record.reports and find_dataset(job.uri) is not None:
         return TrialResult(job.trial, record, "finished", job.uri)
+    if job.trial.number in stopped:
+        return TrialResult(job.trial, record, "stopped", None)
     return None
