@@ -1,4 +1,7 @@
-"""Which rows judge a trial, and that test tiles are in no way among them. (Embedding by ranks: tests/distributed/test_score_ranks.py.)"""
+"""Which rows judge a trial, and that test tiles are in no way among them.
+
+Embedding by ranks is in tests/distributed/test_score_ranks.py.
+"""
 
 from __future__ import annotations
 
