@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from urbanclip_ray.schema import TRIALS
@@ -135,7 +136,7 @@ def show_search(search: Dataset, console: Console) -> None:
         values = json.loads(row["values"])
         seen = f"{row['samples']:,} of {row['total_samples']:,}" if row["total_samples"] else "0"
         scores = [_shown(row[name]) for name in ("score", "best_score")]
-        table.add_row(_name(row["trial"]), *(str(values[key]) for key in keys), *scores, seen, _ending(row))
+        table.add_row(_name(row["trial"]), *(escape(str(values[key])) for key in keys), *scores, seen, escape(_ending(row)))
     console.print(table)
     best = summary["best"]
     if best is None:
@@ -147,7 +148,7 @@ def show_search(search: Dataset, console: Console) -> None:
     options = shlex.join(part for item in best["set"] for part in ("--set", item))
     found = f"for jobs/pipeline.py, add: {options}" if options else "no trial did better than the recipe as it is"
     console.print(found, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"weights of that trial: {best['weights']}", highlight=False, soft_wrap=True)
+    console.print(f"weights of that trial: {best['weights']}", highlight=False, markup=False, soft_wrap=True)
     console.print(summary["caution"])
 
 

@@ -35,7 +35,7 @@ RESULTS = [
     TrialResult(TRIALS[0], record(0.1, 0.3, 0.4), "finished", "weights/0"),
     TrialResult(TRIALS[1], record(0.2, 0.9, 0.5), "finished", "weights/1"),  # better on its way than at its end
     TrialResult(TRIALS[2], record(0.95), "stopped", None),
-    TrialResult(TRIALS[3], record(failure="the loss is nan"), "failed", None),
+    TrialResult(TRIALS[3], record(failure="the loss is nan [/rows]"), "failed", None),
 ]
 
 
@@ -81,7 +81,7 @@ def test_every_trial_is_a_row_and_failures_are_counted(tmp_path):
     assert [row["samples"] for row in rows] == [3, 3, 1, 0]
     assert [row["score"] for row in rows] == [0.4, 0.5, 0.95, None]
     assert [row["best_score"] for row in rows] == [0.4, 0.9, 0.95, None]
-    assert rows[3]["error"] == "the loss is nan"
+    assert rows[3]["error"] == "the loss is nan [/rows]"
     assert json.loads(rows[1]["values"]) == TRIALS[1].values
     manifest = dataset.manifest
     assert (manifest.unit, manifest.rows_in, manifest.rows_out, manifest.rejects) == ("trials", 4, 3, {"failed": 1})
@@ -94,7 +94,7 @@ def test_the_best_is_printed_as_set_items_that_give_its_config(tmp_path):
     assert apply_overrides(load_recipe("demo_search"), items) == TRIALS[1].config
     assert "best: 1, R² 0.500; the recipe as it is: 0.400" in text
     assert "stopped early" in text
-    assert "failed: the loss is nan" in text
+    assert "failed: the loss is nan [/rows]" in text
     assert "never quote them as a result" in " ".join(text.split())
     assert "weights/1" in text
     best = json.loads(open_best(tmp_path))
