@@ -22,6 +22,7 @@ _PLACES = {
     "embed_tiles": "evaluate.embed",
     "probe": "evaluate.probe",
     "write_report": "evaluate.report",
+    "run_search": "tune",
     "run_stages": "pipeline",
 }
 

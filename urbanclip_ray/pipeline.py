@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from urbanclip_ray.config import RunConfig
-from urbanclip_ray.plan import walk
+from urbanclip_ray.plan import is_asked_for, walk
 from urbanclip_ray.preflight import refuse_unfit_run
-from urbanclip_ray.stages import Run, Stage
+from urbanclip_ray.search_results import show_search
+from urbanclip_ray.stages import SEARCH, STAGES, Run, Stage, check_search
 from urbanclip_ray.storage import (
     Dataset,
     MissingDatasetError,
@@ -38,10 +39,14 @@ def run_stages(config: RunConfig, only: Sequence[str] | None) -> Run:
     """Make the stages named (all of them: None), keeping what is complete; then the report, for all or "report".
 
     Stages before the named ones must be complete: MissingDatasetError names the job to run first. What cannot end well
-    is refused before any work, see `preflight`.
+    is refused before any work, see `preflight`. A "search" is no stage of the walk: it makes what it needs, up to the
+    shards, and then its trials.
     """
     console = open_console()
     run = Run(config)
+    searches = only is not None and SEARCH.name in only
+    if searches:
+        check_search(run)
     refuse_unfit_run(config, run, only)
     summary = Table(title=f"run {config.run}", title_justify="left")
     for name in ("stage", "", "in", "out", "rejected", "dataset"):
@@ -49,13 +54,15 @@ def run_stages(config: RunConfig, only: Sequence[str] | None) -> Run:
     for stage in walk(only):
         if not stage.wanted(run):
             continue
-        made_s = run_stage(run, stage, console, make=only is None or stage.name in only)
+        made_s = run_stage(run, stage, console, make=is_asked_for(stage, only))
         _add_row(summary, stage, run.datasets[stage.name], made_s)
     console.print(summary)
     if only is None:
         _write_run_file(run)
     if only is None or "report" in only:
         _show_results(run, console)
+    if searches:
+        show_search(run.datasets["search"], console)
     return run
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from rich.table import Table
 
 from urbanclip_ray.config import ModelConfig, RunConfig
-from urbanclip_ray.stages import STAGES, Run, Stage
+from urbanclip_ray.stages import SEARCH, SEARCH_STAGES, STAGES, Run, Stage
 from urbanclip_ray.storage import Dataset, dataset_uri, find_dataset, join
 from urbanclip_ray.terminal import open_console
 
@@ -41,16 +41,23 @@ def survey(run: Run, only: Sequence[str] | None) -> list[PlannedStage]:
             dataset = find_dataset(uri)
         if dataset is not None:
             run.datasets[stage.name] = dataset
-        found[stage.name] = PlannedStage(stage, uri, dataset, after, only is None or stage.name in only)
+        found[stage.name] = PlannedStage(stage, uri, dataset, after, is_asked_for(stage, only))
     return list(found.values())
 
 
 def walk(only: Sequence[str] | None) -> tuple[Stage, ...]:
-    """The stages that a job walks through: up to the last one that it names, all for the report."""
+    """The stages that a job walks through: up to the last one that it names, all for the report; a search has its own."""
+    if only is not None and SEARCH.name in only:
+        return SEARCH_STAGES
     if only is None or "report" in only:
         return STAGES
     names = [stage.name for stage in STAGES]
     return STAGES[: max(names.index(name) for name in only) + 1]
+
+
+def is_asked_for(stage: Stage, only: Sequence[str] | None) -> bool:
+    """Whether a job makes this stage where it is missing: a search makes whatever it needs."""
+    return only is None or stage.name in only or SEARCH.name in only
 
 
 def show_plan(config: RunConfig, only: Sequence[str] | None) -> None:
@@ -63,7 +70,7 @@ def show_plan(config: RunConfig, only: Sequence[str] | None) -> None:
     for item in planned:
         table.add_row(item.stage.name, _state(item), _rows(run, item), item.uri + ("" if not item.after else "/…"))
     console.print(table)
-    if any(item.stage.name == "pretrain" for item in planned):
+    if any(item.stage.name in ("pretrain", SEARCH.name) for item in planned):
         console.print(_facts_table("pretraining", pretraining_facts(run)))
 
 

@@ -104,7 +104,7 @@ def refuse_paths_of_one_host(config: RunConfig, cluster: Cluster) -> None:
 def list_demands(config: RunConfig, to_make: Sequence[str]) -> list[Demand]:
     """What the stages to make need at the least."""
     demands = []
-    if "pretrain" in to_make:
+    if {"pretrain", "search"} & set(to_make):
         demands.append(
             Demand(
                 "training workers",

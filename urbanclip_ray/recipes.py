@@ -8,6 +8,7 @@ from urbanclip_ray.config import (
     AugmentConfig,
     CaptionConfig,
     ConfigError,
+    Domain,
     EmbedConfig,
     FolderSource,
     ModelConfig,
@@ -17,6 +18,7 @@ from urbanclip_ray.config import (
     RunConfig,
     SplitConfig,
     TrainConfig,
+    TuneConfig,
     WorldSource,
 )
 
@@ -40,6 +42,32 @@ def world_demo() -> RunConfig:
         ),
         embed=EmbedConfig(views=8),
         probe=ProbeConfig(target="log1p"),
+    )
+
+
+def demo_search() -> RunConfig:
+    """Eight trials of the demo, of 4 epochs each: loss weights, learning rate, and the views of a tile that are embedded."""
+    base = world_demo()
+    space = {
+        "train.lr": Domain(loguniform=(1e-4, 2e-3)),
+        "train.contrastive_weight": Domain(loguniform=(0.25, 4)),
+        "train.caption_weight": Domain(loguniform=(0.25, 4)),
+        # of the probe's settings the one that moves its score: the penalty is chosen anew for every score anyway
+        "embed.views": Domain(choice=(1, 8)),
+    }
+    return base.model_copy(
+        update={
+            "run": "demo_search",
+            "train": base.train.model_copy(update={"epochs": 4, "validations": 1}),
+            "tune": TuneConfig(
+                space=space,
+                num_trials=8,
+                sampler="halton",
+                samples_per_report=2304,  # 18 steps of 53: three reports a trial
+                grace_samples=2304,
+                max_train_tiles=512,  # of 1,712: a report with 8 views takes half a minute on two CPU cores
+            ),
+        }
     )
 
 
@@ -94,7 +122,7 @@ def tiny_test() -> RunConfig:
 
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
-    recipe.__name__: recipe for recipe in (world_demo, rsicd_small, own_tiles, probe_weights, tiny_test)
+    recipe.__name__: recipe for recipe in (world_demo, demo_search, rsicd_small, own_tiles, probe_weights, tiny_test)
 }
 
 

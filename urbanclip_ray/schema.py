@@ -100,6 +100,20 @@ PREDICTIONS = pa.schema(
     ]
 )
 
+TRIALS = pa.schema(
+    [
+        pa.field("trial", pa.int32(), nullable=False),  # 0 is the config as it stands
+        pa.field("values", pa.string(), nullable=False),  # JSON: the searched keys and their values
+        pa.field("state", pa.string(), nullable=False),  # finished, stopped, failed
+        pa.field("samples", pa.int64(), nullable=False),  # training rows seen at its last report
+        pa.field("total_samples", pa.int64()),  # of its whole run; null where it never reported
+        pa.field("score", pa.float64()),  # R² on validation tiles at its last report
+        pa.field("best_score", pa.float64()),  # the highest of all its reports
+        pa.field("weights", pa.string()),  # URI of its pretraining; null unless finished
+        pa.field("error", pa.string()),  # why it failed
+    ]
+)
+
 
 def labels_schema(indicators: list[str]) -> pa.Schema:
     """Labels: `tile_id` and one nullable float column per indicator, in the indicator's own unit."""

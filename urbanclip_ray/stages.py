@@ -5,6 +5,7 @@ Follow one tile by reading `STAGES` from the top.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from functools import cached_property
@@ -253,7 +254,7 @@ STAGES: tuple[Stage, ...] = (
         "pretrain",
         "pretrain",
         ("shards",),
-        lambda run: {name: getattr(run.config, name).content() for name in ("model", "train", "pixels")},
+        lambda run: run.config.pretrain_content(),
         _pretrain,
         lambda run: run.pretrains,
     ),
@@ -283,3 +284,29 @@ STAGES: tuple[Stage, ...] = (
         _is_needed_for_probe,
     ),
 )
+
+
+def _search(run: Run, publication: Publication) -> None:
+    from urbanclip_ray.tune import run_search
+
+    run_search(run.config, run.datasets["shards"], run.datasets["labels"], publication)
+
+
+def _search_content(run: Run) -> dict[str, Any]:
+    from urbanclip_ray.search_space import measure_content
+
+    return {**run.config.pretrain_content(), **measure_content(run.config), "tune": run.config.tune.content()}
+
+
+# Not a stage of the walk: it makes many pretrainings out of one run's shards.
+SEARCH = Stage("search", "tune", ("labels", "shards"), _search_content, _search, lambda _: True)
+SEARCH_STAGES = (*itertools.takewhile(lambda stage: stage.name != "pretrain", STAGES), SEARCH)
+
+
+def check_search(run: Run) -> None:
+    """Raise ConfigError, before anything is made, for a search that cannot be run."""
+    from urbanclip_ray.search_space import plan_trials
+
+    plan_trials(run.config)
+    if not run.has_labels:
+        raise ConfigError("a search needs indicators to judge its trials by: bring them with the source (source.metadata)")

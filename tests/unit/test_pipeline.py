@@ -231,3 +231,43 @@ def test_another_stages_dataset_has_no_weights(tmp_path):
         publication.write_file("something", b"")
     with pytest.raises(Exception, match=f"has no file '{WEIGHTS_FILE}'"):
         find_weights(str(tmp_path / "tiles"))
+
+
+def test_a_search_makes_what_comes_before_pretraining_and_then_its_trials(config, made, monkeypatch):
+    shown = []
+    stages = (*pipeline.STAGES[: NAMES.index("pretrain")], fake_search(made))
+    monkeypatch.setattr(pipeline, "SEARCH_STAGES", stages)
+    monkeypatch.setattr(pipeline, "show_search", lambda search, console: shown.append(search))
+    config = apply_overrides(config, ['tune.space={"train.lr": {"loguniform": [1e-4, 1e-3]}}'])
+    before = NAMES[: NAMES.index("pretrain")]
+    run = run_stages(config, ["search"])
+    assert made == [*before, "search"]
+    assert shown == [run.datasets["search"]]
+    made.clear()
+    run_stages(config, ["search"])  # a finished search is shown again
+    assert made == []
+    assert len(shown) == 2
+    for change, again in (("tune.num_trials=9", []), ("train.lr=0.5", []), ("pack.seed=3", ["shards"])):
+        run_stages(apply_overrides(config, [change]), ["search"])
+        assert made == [*again, "search"], change
+        made.clear()
+    run_stages(apply_overrides(config, ["tune.max_concurrent=3"]), ["search"])
+    assert made == []
+
+
+def fake_search(made):
+    def make(_, publication):
+        made.append("search")
+        publication.write_file("best.json", b"")
+
+    return pipeline.SEARCH_STAGES[-1]._replace(make=make)
+
+
+def test_a_search_that_cannot_be_is_refused_before_anything_is_made(config, made, tmp_path):
+    with pytest.raises(ConfigError, match=r"tune\.space is empty"):
+        run_stages(config, ["search"])
+    config = apply_overrides(config, ['tune.space={"train.lr": {"loguniform": [1e-4, 1e-3]}}'])
+    (tmp_path / "city" / "tiles.csv").write_text("file,lon,lat\n0.png,0,0\n")
+    with pytest.raises(ConfigError, match="a search needs indicators"):
+        run_stages(config, ["search"])
+    assert made == []

@@ -36,3 +36,9 @@ def test_an_unknown_recipe_is_refused_with_those_there_are():
 def test_a_derived_recipe_differs_only_where_it_says_so():
     base, derived = (load_recipe(name).model_dump() for name in ("own_tiles", "probe_weights"))
     assert {key for key in base if base[key] != derived[key]} == {"run", "split"}
+
+
+def test_a_search_over_the_demo_begins_with_the_demo():
+    base, search = (load_recipe(name).model_dump() for name in ("world_demo", "demo_search"))
+    assert {key for key in base if base[key] != search[key]} == {"run", "train", "tune"}
+    assert {key for key in base["train"] if base["train"][key] != search["train"][key]} == {"epochs", "validations"}

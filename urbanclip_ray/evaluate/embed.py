@@ -96,13 +96,12 @@ class EmbedBatch:
         import torch
         from torch.nn import functional as F
 
-        from urbanclip_ray.model.preprocess import to_tensor
+        from urbanclip_ray.model.preprocess import to_tensor, turned_views
 
         images = to_tensor(pixels).to(self._device)
         with torch.inference_mode():
             total = torch.zeros(())
-            for view in range(self._views):
-                turned = torch.rot90(images.flip(3) if view & 1 else images, view >> 1, (2, 3))
-                total = total + self._model.encode_image(turned)[0].float().cpu()
+            for view in turned_views(images, self._views):
+                total = total + self._model.encode_image(view)[0].float().cpu()
             vectors: np.ndarray = F.normalize(total, dim=-1).numpy()
         return vectors

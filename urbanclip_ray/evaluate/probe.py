@@ -85,7 +85,7 @@ def probe(
     tile_ids = pc.unique(rows["tile_id"]).sort()
     if not len(tile_ids):
         raise ProbeError(f"{splits.uri} has no tiles: make the splits again")
-    raw = _read_indicators(labels, tile_ids, config)
+    raw = read_indicators(labels, tile_ids, config)
     dataflow.connect()
     features, skipped = _features(tiles, embeddings, tile_ids, config, pixels)
     inputs = Inputs(
@@ -106,7 +106,7 @@ def probe(
     publication.count(unit="predictions", rows_in=predictions.num_rows, rows_out=predictions.num_rows, rejects={})
 
 
-def _read_indicators(labels: Dataset, tile_ids: pa.Array, config: ProbeConfig) -> dict[str, np.ndarray]:
+def read_indicators(labels: Dataset, tile_ids: pa.Array, config: ProbeConfig) -> dict[str, np.ndarray]:
     """Raw values [tiles] of every asked indicator, NaN where a tile has none."""
     table = labels.read()
     known = [name for name in table.column_names if name != "tile_id"]

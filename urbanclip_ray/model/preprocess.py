@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -16,3 +18,9 @@ def to_tensor(pixels: np.ndarray) -> torch.Tensor:
     mean = torch.tensor(IMAGE_MEAN).view(1, 3, 1, 1)
     std = torch.tensor(IMAGE_STD).view(1, 3, 1, 1)
     return ((scaled - mean) / std).contiguous()
+
+
+def turned_views(images: torch.Tensor, num_views: int) -> Iterator[torch.Tensor]:
+    """The images [rows, 3, px, px] as they are, and up to 7 more times: flipped and in quarter turns."""
+    for view in range(num_views):
+        yield torch.rot90(images.flip(3) if view & 1 else images, view >> 1, (2, 3))

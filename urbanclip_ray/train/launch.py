@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pyarrow.compute as pc
 import ray.train
 from ray.train import LoggingConfig
@@ -15,7 +18,7 @@ from urbanclip_ray.model.architectures import open_clip_config
 from urbanclip_ray.model.texts import shown_texts
 from urbanclip_ray.model.tokenize import TextTokenizer, open_clip_tokenizer, tokenizer_files, train_bpe
 from urbanclip_ray.storage import Dataset, Publication, delete_folder, join, list_files, resolve
-from urbanclip_ray.train.loop import TrainError, TrainSpec, train_rank
+from urbanclip_ray.train.loop import AfterStep, TrainError, TrainSpec, train_rank
 
 WORKER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # the patch prints every line twice
@@ -29,10 +32,17 @@ CPU_ENVIRONMENT = {
 }
 
 
-def pretrain(config: RunConfig, shards: Dataset, publication: Publication) -> None:
+def pretrain(
+    config: RunConfig,
+    shards: Dataset,
+    publication: Publication,
+    after_step: AfterStep | None = None,
+    callbacks: Sequence[Any] = (),
+) -> None:
     """Train on `config.resources.num_workers` ranks; the same call resumes from the newest checkpoint.
 
-    Publishes the folder of weights (see `model.weights`) and `history.json`.
+    Publishes the folder of weights (see `model.weights`) and `history.json`. `after_step` is called by every rank after
+    every step, `callbacks` are Ray Train's.
     """
     parts = shards.manifest.facts["parts"]
     if not parts["train"]:
@@ -50,9 +60,10 @@ def pretrain(config: RunConfig, shards: Dataset, publication: Publication) -> No
         checkpoints_uri=join(publication.uri, "checkpoints"),
         tensorboard_uri=join(publication.uri, "tensorboard"),
         results_uri=publication.data_uri,
+        after_step=after_step,
     )
     dataflow.connect()
-    _run_workers(spec, config, publication)
+    _run_workers(spec, config, publication, callbacks)
     files = [str(info.base_name) for info in list_files(publication.data_uri)]
     publication.facts |= {"weights": sorted(files), "texts_cut": num_cut}
     publication.count(unit="training rows", rows_in=parts["train"], rows_out=parts["train"], rejects={})
@@ -72,7 +83,7 @@ def make_tokenizer(config: RunConfig, texts: list[str]) -> TextTokenizer:
     return train_bpe(texts, config.model.vocab_size, context_length)
 
 
-def _run_workers(spec: TrainSpec, config: RunConfig, publication: Publication) -> None:
+def _run_workers(spec: TrainSpec, config: RunConfig, publication: Publication, callbacks: Sequence[Any]) -> None:
     state_uri = join(publication.uri, "ray_train", publication.attempt)
     filesystem, path = resolve(join(publication.uri, "ray_train"))
     resources = config.resources
@@ -91,6 +102,7 @@ def _run_workers(spec: TrainSpec, config: RunConfig, publication: Publication) -
             failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | ({} if resources.use_gpu else CPU_ENVIRONMENT)},
             logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=list(callbacks),
         ),
     )
     try:

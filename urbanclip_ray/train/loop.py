@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,8 @@ from urbanclip_ray.train.validate import validate
 
 PRINT_EVERY_S = 15.0
 
+AfterStep = Callable[[Any, int, int], None]  # the engine, the steps taken, all steps: called alike by all ranks
+
 
 class TrainSpec(NamedTuple):
     """What every rank is told: the run's config, where its data is, and where results go."""
@@ -39,6 +42,7 @@ class TrainSpec(NamedTuple):
     checkpoints_uri: str
     tensorboard_uri: str
     results_uri: str
+    after_step: AfterStep | None = None  # must leave the model, its mode and the random state as they were
 
 
 class TrainError(UserError, RuntimeError):
@@ -83,6 +87,8 @@ def train_rank(spec: TrainSpec) -> None:
             figures = validate(engine, val_reader, maker, tokenizer, config)
             curves.validation({"step": taken, "epoch": step.epoch, **figures})
             show_validation(figures, taken, num_steps, rank)
+        if spec.after_step is not None:  # before the checkpoint: whoever resumes from it finds this done
+            spec.after_step(engine, taken, num_steps)
         if taken % config.checkpoint_every_steps == 0 and taken < num_steps:
             save_checkpoint(engine, spec.checkpoints_uri, taken, curves.history, config.keep_checkpoints)
     with whole_weights(engine):

@@ -1,0 +1,13 @@
+"""Tune: search loss weights, learning rate and other keys with Ray Tune; prints the trials and the best as --set items.
+
+example: python jobs/tune.py --recipe demo_search
+         python jobs/tune.py --recipe own_tiles --set source.uri=my_tiles --set source.metadata=labels.csv \\
+             --set 'tune.space={"train.lr": {"loguniform": [1e-4, 1e-3]}, "train.caption_weight": {"choice": [0.5, 1, 2]}}'
+
+It makes what comes before pretraining where that is missing. The same command goes on with an interrupted search.
+"""
+
+from urbanclip_ray.command_line import run_job
+
+if __name__ == "__main__":
+    run_job(__doc__, sections=["tune", "train", "embed", "resources"], stages=["search"])

@@ -1,0 +1,161 @@
+"""Who is stopped and when, how many trials run at a time, and what names a trial's run."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from ray.tune.schedulers import TrialScheduler
+
+from urbanclip_ray.config import ConfigError
+from urbanclip_ray.overrides import apply_overrides
+from urbanclip_ray.recipes import load_recipe
+from urbanclip_ray.schema import SHARDS, labels_schema
+from urbanclip_ray.storage import Dataset, open_dataset, publish
+from urbanclip_ray.tune import Halving, count_concurrent, make_jobs, make_scheduler
+
+CONFIG = apply_overrides(
+    load_recipe("tiny_test"),
+    [
+        'tune.space={"train.lr": {"loguniform": [1e-4, 1e-2]}, "embed.views": {"choice": [1, 8]}}',
+        "tune.num_trials=3",
+        "tune.samples_per_report=16",
+        "tune.grace_samples=16",
+        "train.epochs=3",
+        "storage=s3://bucket",
+    ],
+)
+NUM_TRAIN, NUM_VAL = 40, 10  # 40 rows x 3 epochs = 7 steps of 16 rows = 112 samples
+
+
+def store(uri: str, table: pa.Table) -> Dataset:
+    with publish(uri, "test", {}, {}) as publication:
+        publication.write_table(table)
+        publication.facts["parts"] = {"train": NUM_TRAIN, "val": NUM_VAL}
+    return open_dataset(uri)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Dataset:
+    parts = ["train"] * NUM_TRAIN + ["val"] * NUM_VAL
+    rows = [{"row_id": at, "tile_id": str(at), "image": b"", "texts": [], "part": part} for at, part in enumerate(parts)]
+    return store(str(tmp_path_factory.mktemp("shards")), pa.Table.from_pylist(rows, schema=SHARDS))
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory) -> Dataset:
+    rows = [{"tile_id": str(at), "gdp": float(at)} for at in range(NUM_TRAIN + NUM_VAL)]
+    return store(str(tmp_path_factory.mktemp("labels")), pa.Table.from_pylist(rows, schema=labels_schema(["gdp"])))
+
+
+class Race:
+    """A scheduler and trials that report to it by hand."""
+
+    def __init__(self, scheduler: Halving, total: int) -> None:
+        self.scheduler, self.total = scheduler, total
+        self.scheduler.set_search_properties("score", "max")
+        self.trials: dict[int, SimpleNamespace] = {}
+
+    def report(self, number: int, samples: int, score: float) -> str:
+        if number not in self.trials:
+            self.trials[number] = SimpleNamespace(trial_id=str(number), config={"trial": {"number": number}})
+            self.scheduler.on_trial_add(None, self.trials[number])
+        result = {"samples": samples, "total_samples": self.total, "score": score}
+        return self.scheduler.on_trial_result(None, self.trials[number], result)
+
+
+def race(shards, labels, *overrides: str) -> Race:
+    config = apply_overrides(CONFIG, list(overrides))
+    return Race(make_scheduler(config.tune, make_jobs(config, shards, labels), shards), 112)
+
+
+def test_a_trial_that_does_worse_than_its_rung_is_stopped_and_one_that_does_better_goes_on(shards, labels):
+    run = race(shards, labels)
+    assert run.report(0, 16, 0.5) == TrialScheduler.CONTINUE
+    assert run.report(1, 16, 0.4) == TrialScheduler.STOP
+    assert run.report(2, 16, 0.6) == TrialScheduler.CONTINUE
+    assert run.report(0, 32, 0.7) == TrialScheduler.CONTINUE
+    assert run.report(2, 32, 0.6) == TrialScheduler.STOP  # at the next rung
+    assert run.scheduler.stopped == {1, 2}
+
+
+def test_nobody_is_stopped_before_the_grace_is_over(shards, labels):
+    run = race(shards, labels, "tune.grace_samples=64")
+    assert run.report(0, 48, 0.9) == TrialScheduler.CONTINUE
+    assert run.report(1, 48, 0.0) == TrialScheduler.CONTINUE
+    assert run.report(0, 64, 0.9) == TrialScheduler.CONTINUE
+    assert run.report(1, 64, 0.0) == TrialScheduler.STOP
+
+
+def test_the_first_trial_and_one_at_its_end_are_never_stopped(shards, labels):
+    run = race(shards, labels)
+    for samples in (16, 32, 64, 112):
+        assert run.report(1, samples, 0.9) == TrialScheduler.CONTINUE
+        assert run.report(0, samples, 0.1) == TrialScheduler.CONTINUE
+    assert run.report(2, 112, 0.0) == TrialScheduler.CONTINUE  # worse, but its weights are being written
+    assert run.scheduler.stopped == set()
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("tune.grace_samples=112", "a trial sees 112 samples, so none could be stopped early"),
+        ("tune.samples_per_report=112", "lower both, to 28 for example"),
+        ("train.global_batch_size=128", "40 training rows do not fill one step"),
+    ],
+)
+def test_a_search_that_could_stop_nobody_is_refused_with_the_fix(shards, labels, override, part):
+    with pytest.raises(ConfigError, match=part):
+        race(shards, labels, override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cluster", "expected"),
+    [
+        ([], {"CPU": 2}, 1),
+        ([], {"CPU": 9}, 4),  # two ranks of one CPU each
+        ([], {"CPU": 0}, 1),  # a cluster that still has to grow
+        (["resources.cpus_per_worker=4"], {"CPU": 16}, 2),
+        (["resources.use_gpu=true"], {"CPU": 64, "GPU": 6}, 3),
+        (["resources.use_gpu=true"], {"CPU": 64}, 1),
+        (["tune.max_concurrent=5"], {"CPU": 2}, 5),
+    ],
+)
+def test_as_many_trials_run_at_a_time_as_the_cluster_has_room_for(overrides, cluster, expected):
+    assert count_concurrent(apply_overrides(CONFIG, overrides), cluster) == expected
+
+
+def places(shards, labels, *overrides: str) -> list[str]:
+    return [job.uri for job in make_jobs(apply_overrides(CONFIG, list(overrides)), shards, labels)]
+
+
+def test_a_trial_is_a_run_of_its_own_below_the_search_and_is_found_again(shards, labels):
+    found = places(shards, labels)
+    assert len(set(found)) == 3
+    assert all(uri.startswith(f"s3://bucket/tiny_test/trials/00{at}-") for at, uri in enumerate(found))
+    assert places(shards, labels) == found
+    assert places(shards, labels, "tune.num_trials=5", "tune.reduction_factor=3", "tune.max_concurrent=2")[:3] == found
+
+
+def test_whatever_changes_a_trials_scores_changes_its_place(shards, labels, tmp_path):
+    found = places(shards, labels)
+    for change in (
+        "train.epochs=4",
+        "tune.max_train_tiles=5",
+        "tune.samples_per_report=32",
+        "probe.target=raw",
+        "embed.views=8",
+    ):
+        assert not set(places(shards, labels, change)[:1]) & set(found), change
+    rows = [{"tile_id": str(at), "gdp": float(-at % 7)} for at in range(NUM_TRAIN + NUM_VAL)]
+    others = store(str(tmp_path), pa.Table.from_pylist(rows, schema=labels_schema(["gdp"])))
+    assert not set(places(shards, others)) & set(found)
+
+
+def test_the_trials_share_the_rows_that_judge_them(shards, labels):
+    jobs = make_jobs(CONFIG, shards, labels)
+    assert all(np.array_equal(job.rows.row_ids, jobs[0].rows.row_ids) for job in jobs)
+    assert jobs[0].config.pretrain_content() == CONFIG.pretrain_content()
+    assert all(job.config.tune.space == {} for job in jobs)  # a trial searches nothing itself

@@ -1,0 +1,164 @@
+"""What a search has found: the record of every trial, their table, and the best of them as a list for `--set`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from urbanclip_ray.schema import TRIALS
+from urbanclip_ray.search_space import Trial
+from urbanclip_ray.storage import Dataset, Publication, StorageError, join, read_bytes, write_bytes
+
+RECORD_FILE, BEST_FILE = "reports.json", "best.json"
+CAUTION = (
+    "These R² are of the validation tiles that chose the trial and its ridge penalty, so they are optimistic, the best one "
+    "most of all: never quote them as a result. Run the pipeline with the chosen values and quote its score on test tiles, "
+    "which no search looks at."
+)
+
+State = Literal["finished", "stopped", "failed"]
+
+
+class Report(BaseModel):
+    """A trial judged once: training rows seen out of all of its run, its score, and the R² behind it by indicator."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    samples: int
+    total_samples: int
+    score: float
+    r2: dict[str, float]
+
+
+class TrialRecord(BaseModel):
+    """Everything that a trial has reported, in order, and why it failed where it did."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    reports: tuple[Report, ...] = ()
+    failure: str | None = None
+
+    def with_report(self, report: Report) -> TrialRecord:
+        """The record with one more report; one of the same moment is replaced."""
+        kept = tuple(old for old in self.reports if old.samples != report.samples)
+        return self.model_copy(update={"reports": tuple(sorted((*kept, report), key=lambda one: one.samples))})
+
+
+class TrialResult(NamedTuple):
+    """How a trial ended; `weights` is its finished pretraining, None where it was stopped or failed."""
+
+    trial: Trial
+    record: TrialRecord
+    state: State
+    weights: str | None
+
+
+def read_record(uri: str) -> TrialRecord:
+    """The record beside a pretraining; an empty one where there is none yet."""
+    where = join(uri, RECORD_FILE)
+    try:
+        return TrialRecord.model_validate_json(read_bytes(where))
+    except FileNotFoundError:
+        return TrialRecord()
+    except ValidationError as error:
+        raise StorageError(f"{where} is not a record of ours ({error.errors()[0]['msg']}): remove {uri}") from None
+
+
+def write_record(uri: str, record: TrialRecord) -> None:
+    write_bytes(join(uri, RECORD_FILE), record.model_dump_json(indent=1).encode())
+
+
+def best_trial(results: Sequence[TrialResult]) -> TrialResult | None:
+    """The finished trial with the highest score at its end, the first among equals; None where none finished.
+
+    What a trial scored on its way, or before it was stopped, is not what a run with its values ends with.
+    """
+    finished = [result for result in results if result.state == "finished"]
+    return max(finished, key=lambda result: result.record.reports[-1].score, default=None)
+
+
+def publish_results(results: Sequence[TrialResult], publication: Publication) -> None:
+    """Write the table of trials and, as `best.json`, the best one beside the score of the config as it stands."""
+    publication.write_table(pa.Table.from_pylist([_row(result) for result in results], schema=TRIALS))
+    best = best_trial(results)
+    base = results[0]
+    summary: dict[str, Any] = {"caution": CAUTION, "best": None, "base_score": None}
+    if base.state == "finished":
+        summary["base_score"] = base.record.reports[-1].score
+    if best is not None:
+        last = best.record.reports[-1]
+        summary["best"] = {
+            "trial": best.trial.number,
+            "set": list(best.trial.overrides),
+            "score": last.score,
+            "r2": last.r2,
+            "weights": best.weights,
+        }
+    publication.write_file(BEST_FILE, json.dumps(summary, indent=1, allow_nan=False).encode())
+    failed = sum(result.state == "failed" for result in results)
+    publication.count(
+        unit="trials", rows_in=len(results), rows_out=len(results) - failed, rejects={"failed": failed} if failed else {}
+    )
+
+
+def _row(result: TrialResult) -> dict[str, Any]:
+    reports = result.record.reports
+    return {
+        "trial": result.trial.number,
+        "values": json.dumps(result.trial.values),
+        "state": result.state,
+        "samples": reports[-1].samples if reports else 0,
+        "total_samples": reports[-1].total_samples if reports else None,
+        "score": reports[-1].score if reports else None,
+        "best_score": max(report.score for report in reports) if reports else None,
+        "weights": result.weights,
+        "error": result.record.failure,
+    }
+
+
+def show_search(search: Dataset, console: Console) -> None:
+    """Print the trials, the best one as `--set` items, and what the scores must not be used for."""
+    rows = search.read().sort_by("trial").to_pylist()
+    summary = json.loads(read_bytes(search.file_uri(BEST_FILE)))
+    keys = list(json.loads(rows[0]["values"]))
+    table = Table(
+        title=f"trials, judged by {search.manifest.config['tune']['metric']} on validation tiles", title_justify="left"
+    )
+    for name in ("trial", *keys, "R² at its end", "best R²", "samples", ""):
+        table.add_column(name, justify="left" if name == "" else "right", overflow="fold")
+    for row in rows:
+        values = json.loads(row["values"])
+        seen = f"{row['samples']:,} of {row['total_samples']:,}" if row["total_samples"] else "0"
+        scores = [_shown(row[name]) for name in ("score", "best_score")]
+        table.add_row(_name(row["trial"]), *(escape(str(values[key])) for key in keys), *scores, seen, escape(_ending(row)))
+    console.print(table)
+    best = summary["best"]
+    if best is None:
+        console.print("no trial came to its end: look at what they say above, and narrow tune.space")
+        return
+    console.print(
+        f"best: {_name(best['trial'])}, R² {_shown(best['score'])}; the recipe as it is: {_shown(summary['base_score'])}"
+    )
+    options = shlex.join(part for item in best["set"] for part in ("--set", item))
+    found = f"for jobs/pipeline.py, add: {options}" if options else "no trial did better than the recipe as it is"
+    console.print(found, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"weights of that trial: {best['weights']}", highlight=False, markup=False, soft_wrap=True)
+    console.print(summary["caution"])
+
+
+def _name(number: int) -> str:
+    return "0 (as it is)" if number == 0 else str(number)
+
+
+def _shown(score: float | None) -> str:
+    return "-" if score is None else f"{score:.3f}"
+
+
+def _ending(row: dict[str, Any]) -> str:
+    return {"finished": "finished", "stopped": "stopped early", "failed": f"failed: {row['error']}"}[row["state"]]
