@@ -20,6 +20,7 @@ from urbanclip_ray import dataflow
 from urbanclip_ray.cluster import Cluster, on_node, read_cluster, worker_resources
 from urbanclip_ray.config import RunConfig
 from urbanclip_ray.errors import UserError
+from urbanclip_ray.plan import is_asked_for, walk
 from urbanclip_ray.preflight import (
     PreflightError,
     describe_places,
@@ -30,7 +31,7 @@ from urbanclip_ray.preflight import (
     refuse_uploaded_paths,
 )
 from urbanclip_ray.remote_errors import explain_error
-from urbanclip_ray.stages import STAGES, Run
+from urbanclip_ray.stages import Run
 from urbanclip_ray.storage import delete_folder, exists, join, library_versions, list_files, resolve, write_bytes
 from urbanclip_ray.terminal import open_console
 
@@ -84,11 +85,11 @@ def _findings(given: RunConfig, only: Sequence[str] | None) -> list[Finding]:
         attempt("hosts", partial(refuse_paths_of_one_host, config, cluster), "every host sees the paths of the run"),
         *check_nodes(config, cluster),
     ]
-    names = [stage.name for stage in STAGES if only is None or stage.name in only]
+    names = [stage.name for stage in walk(only) if is_asked_for(stage, only)]
     for demand in list_demands(config, names):
         places = describe_places(demand, cluster)
         findings.append(attempt("resources", partial(refuse_impossible, demand, cluster), places))
-    if "pretrain" not in names:
+    if not {"pretrain", "search"} & set(names):
         findings.append(Finding("all-reduce", None, "this job does not train"))
     elif any(finding.passed is False for finding in findings):
         findings.append(Finding("all-reduce", None, "not tried: mend the above first"))
