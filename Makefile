@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test test-all lint clean
+.PHONY: help venv demo test test-all lint verify-gpu clean
 
 help:
 	@echo "make demo      install, then run the whole walk on real imagery; writes runs/demo/report/report.html"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-all  every test"
 	@echo "make lint      formatting, lint and strict types"
 	@echo "make venv      install only"
+	@echo "make verify-gpu  every stage on 200 tiles and one GPU; writes gpu.json"
 	@echo "make clean     remove .venv and caches; runs/ stays"
 
 venv: $(STAMP)
@@ -35,6 +36,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+verify-gpu: $(STAMP)
+	$(BIN)/python jobs/verify_gpu.py --output gpu.json
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

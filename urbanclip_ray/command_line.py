@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from urbanclip_ray.config import RunConfig, Section
 from urbanclip_ray.errors import UserError
@@ -17,7 +20,7 @@ def run_job(description: str | None, sections: Sequence[str], stages: Sequence[s
     """Parse the command line and run `stages` (None: the whole pipeline). `sections` are the config keys worth knowing."""
     parser = build_parser(description or "", sections)
     arguments = parser.parse_args()
-    try:
+    with errors_in_one_line():
         config = load_recipe(arguments.recipe)
         overrides = [*arguments.set, *([f"storage={arguments.storage}"] if arguments.storage else [])]
         config = apply_overrides(config, overrides)
@@ -27,6 +30,35 @@ def run_job(description: str | None, sections: Sequence[str], stages: Sequence[s
         from urbanclip_ray.pipeline import run_stages  # imports Ray, which --help must not wait for
 
         run_stages(config, stages)
+
+
+def run_verification(description: str | None) -> None:
+    """Run the recipe `verify_gpu`, or `verify_cpu` with --cpu, write its record, and fail where a check of it fails."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cpu", action="store_true", help="the same code with a small model and without a GPU")
+    parser.add_argument("--output", metavar="URI", help="where the record goes (default: gpu.json, or cpu.json with --cpu)")
+    parser.add_argument("--storage", metavar="URI", help="keep the datasets here (default: a folder that is removed)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key; repeatable")
+    arguments = parser.parse_args()
+    with errors_in_one_line(), tempfile.TemporaryDirectory(prefix="urbanclip_ray_verify_") as folder:
+        kind = "cpu" if arguments.cpu else "gpu"
+        output = arguments.output or f"{kind}.json"
+        config = apply_overrides(load_recipe(f"verify_{kind}"), [*arguments.set, f"storage={arguments.storage or folder}"])
+        from urbanclip_ray.storage import write_bytes
+        from urbanclip_ray.verify import VerificationError, verify
+
+        record = verify(config)
+        write_bytes(output, json.dumps(record, indent=1).encode())
+        print(f"{record['device']['name']}: {output} is written")
+        if failed := [check for check, holds in record["checks"].items() if not holds]:
+            raise VerificationError(f"{output} says that these do not hold: {'; '.join(failed)}")
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Errors that a user can mend end the process with their message alone; others keep their traceback."""
+    try:
+        yield
     except UserError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
@@ -48,7 +80,7 @@ def build_parser(description: str, sections: Sequence[str]) -> argparse.Argument
 def _epilog(sections: Sequence[str]) -> str:
     lines = ["recipes:"]
     for name, recipe in RECIPES.items():
-        lines.append(f"  {name:14} {(inspect.getdoc(recipe) or '').splitlines()[0]}")
+        lines.append(f"  {name:21} {(inspect.getdoc(recipe) or '').splitlines()[0]}")
     lines.append("\nkeys for --set, with their defaults (a recipe changes some; --show-config prints what holds):")
     for section in sections:
         default = RunConfig.model_fields[section].get_default()

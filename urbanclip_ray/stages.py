@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from urbanclip_ray.config import ConfigError, RunConfig, WorldSource
+from urbanclip_ray.config import ConfigError, RunConfig, UrbanClipSource, WorldSource
 from urbanclip_ray.sources import open_source
 from urbanclip_ray.storage import Dataset, Publication, absolute, exists, find_dataset, join, read_bytes
 
@@ -48,16 +48,28 @@ class Run:
 
         return load_model(self.given_weights).digest
 
+    @cached_property
+    def start(self) -> str:
+        """What pretraining starts from, by its content; empty for random weights."""
+        from urbanclip_ray.model.pretrained import identify_start
+
+        return identify_start(self.config.model)
+
     def weights_uri(self) -> str:
         return weights_folder(self.datasets["pretrain"]) if self.pretrains else self.given_weights
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
-    source = config.source
+    source, model = config.source, config.model
     if not isinstance(source, WorldSource):
         source = source.model_copy(update={"uri": absolute(source.uri)})
+    if isinstance(source, UrbanClipSource):
+        source = source.model_copy(update={"release": absolute(source.release)})
+    if model.pretrained_is_file:
+        model = model.model_copy(update={"pretrained": absolute(model.pretrained)})
     embed = config.embed.model_copy(update={"weights": absolute(config.embed.weights)})
-    return config.model_copy(update={"storage": absolute(config.storage), "source": source, "embed": embed})
+    made = {"storage": absolute(config.storage), "source": source, "model": model, "embed": embed}
+    return config.model_copy(update=made)
 
 
 class Stage(NamedTuple):
@@ -173,6 +185,11 @@ def _probe(run: Run, publication: Publication) -> None:
     )
 
 
+def _pretrain_content(run: Run) -> dict[str, Any]:
+    content = {name: getattr(run.config, name).content() for name in ("model", "train", "pixels")}
+    return content | ({"start": run.start} if run.config.model.pretrained else {})
+
+
 def _embed_content(run: Run) -> dict[str, Any]:
     weights = {} if run.pretrains else {"weights_digest": run.given_weights_digest}
     return {"embed": run.config.embed.content(), "pixels": run.config.pixels.content()} | weights
@@ -225,7 +242,7 @@ STAGES: tuple[Stage, ...] = (
         "pretrain",
         "pretrain",
         ("shards",),
-        lambda run: {name: getattr(run.config, name).content() for name in ("model", "train", "pixels")},
+        _pretrain_content,
         _pretrain,
         lambda run: run.pretrains,
     ),

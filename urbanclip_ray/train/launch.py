@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pyarrow.compute as pc
 import ray.train
 from ray.train import LoggingConfig
@@ -11,15 +13,18 @@ from urbanclip_ray import dataflow
 from urbanclip_ray.config import ConfigError, RunConfig
 from urbanclip_ray.errors import UserError
 from urbanclip_ray.model.architectures import open_clip_config
+from urbanclip_ray.model.pretrained import download_start, file_sha256, identify_start, start_file
 from urbanclip_ray.model.texts import shown_texts
 from urbanclip_ray.model.tokenize import TextTokenizer, open_clip_tokenizer, tokenizer_files, train_bpe
-from urbanclip_ray.storage import Dataset, Publication, delete_folder, join, list_files, resolve
+from urbanclip_ray.model.weights import WEIGHTS_FILE
+from urbanclip_ray.storage import Dataset, Publication, delete_folder, exists, join, list_files, resolve, write_bytes
 from urbanclip_ray.train.loop import TrainError, TrainSpec, train_rank
 
 WORKER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # the patch prints every line twice
     "PYTHONWARNINGS": "ignore::FutureWarning",  # DeepSpeed's own calls of collectives that torch renames
 }
+START_FOLDER = "start"  # beside the checkpoints, removed when training is done
 CPU_ENVIRONMENT = {"DS_ACCELERATOR": "cpu"}  # DeepSpeed else warns of the CUDA that torch was built for
 
 
@@ -41,15 +46,31 @@ def pretrain(config: RunConfig, shards: Dataset, publication: Publication) -> No
         shards_uri=shards.uri,
         open_clip_config=open_clip_config(config.model, vocab_size),
         tokenizer_files=tokenizer_files(tokenizer),
+        start_uri=_place_start(config, publication),
         checkpoints_uri=join(publication.uri, "checkpoints"),
         tensorboard_uri=join(publication.uri, "tensorboard"),
         results_uri=publication.data_uri,
     )
     dataflow.connect()
     _run_workers(spec, config, publication)
+    if spec.start_uri:
+        publication.facts["start"] = {"weights": identify_start(config.model), "sha256": file_sha256(spec.start_uri)}
+        delete_folder(join(publication.uri, START_FOLDER))
     files = [str(info.base_name) for info in list_files(publication.data_uri)]
     publication.facts |= {"weights": sorted(files), "texts_cut": num_cut}
     publication.count(unit="training rows", rows_in=parts["train"], rows_out=parts["train"], rejects={})
+
+
+def _place_start(config: RunConfig, publication: Publication) -> str:
+    """The file that every rank starts from. Published weights are copied into storage: workers then need no hub."""
+    if not config.model.pretrained:
+        return ""
+    if config.model.pretrained_is_file:
+        return start_file(config.model)
+    uri = join(publication.uri, START_FOLDER, WEIGHTS_FILE)
+    if not exists(uri):
+        write_bytes(uri, Path(download_start(config.model)).read_bytes())
+    return uri
 
 
 def training_texts(config: RunConfig, shards: Dataset) -> list[str]:

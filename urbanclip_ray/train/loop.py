@@ -14,12 +14,14 @@ from urbanclip_ray.config import RunConfig, TrainConfig
 from urbanclip_ray.errors import UserError
 from urbanclip_ray.model.coca import build_model
 from urbanclip_ray.model.losses import LossTerms, contrastive_loss
+from urbanclip_ray.model.pretrained import fill_start
 from urbanclip_ray.model.tokenize import PAD_ID, load_tokenizer
 from urbanclip_ray.model.weights import weight_files
 from urbanclip_ray.storage import join, open_dataset, write_bytes
 from urbanclip_ray.train.batches import BatchMaker, TrainStep, prefetch, train_steps
 from urbanclip_ray.train.checkpoint import fill_weights, find_checkpoint, restore_rank, save_checkpoint
 from urbanclip_ray.train.curves import Curves
+from urbanclip_ray.train.device import DEVICE_FILE, describe_rank
 from urbanclip_ray.train.engine import attention_kernel, clamp_parameter, learning_rate, set_learning_rate, start_engine
 from urbanclip_ray.train.gather import gather_rows
 from urbanclip_ray.train.shards import ShardReader, count_steps
@@ -38,6 +40,7 @@ class TrainSpec(NamedTuple):
     checkpoints_uri: str
     tensorboard_uri: str
     results_uri: str
+    start_uri: str = ""  # safetensors file to start from; empty: random weights
 
 
 class TrainError(UserError, RuntimeError):
@@ -63,6 +66,8 @@ def train_rank(spec: TrainSpec) -> None:
     checkpoint = find_checkpoint(spec.checkpoints_uri)
     if checkpoint is not None:
         fill_weights(model, checkpoint)
+    elif spec.start_uri:
+        fill_start(model, spec.start_uri)
     engine = start_engine(model, config)
     if checkpoint is not None:
         restore_rank(engine, checkpoint)
@@ -88,6 +93,7 @@ def train_rank(spec: TrainSpec) -> None:
         for name, data in weight_files(engine.module, tokenizer).items():
             write_bytes(join(spec.results_uri, name), data)
         write_bytes(join(spec.results_uri, "history.json"), json.dumps(curves.history).encode())
+        write_bytes(join(spec.results_uri, DEVICE_FILE), json.dumps(describe_rank(engine.device)).encode())
     curves.close()
     dist.barrier()
 
