@@ -1,8 +1,8 @@
 """WGS84, GCJ-02 and BD-09: the true coordinates and the two shifted ones that maps of mainland China use.
 
-GCJ-02 ("Mars coordinates") moves a point by 300 to 700 m, Baidu's BD-09 moves it further, about 1.2 km in all. Neither is
-published. The formulas here are the reverse-engineered ones that all open converters share (eviltransform, coordtransform);
-the inverses are solved here by iteration, so that they invert the forward formulas exactly instead of to some metres.
+GCJ-02 ("Mars coordinates") moves a point by some hundred metres, Baidu's BD-09 moves it further, to more than a kilometre in
+all. Neither is published. The formulas here are the reverse-engineered ones that open converters share (eviltransform,
+coordtransform); the inverses are solved by iteration, so that they invert them exactly instead of to some metres.
 
 All functions take and give degrees as float64 arrays of one shape. They hold in mainland China only: elsewhere maps are not
 shifted.

@@ -58,7 +58,7 @@ class UrbanClipTiles:
         images = {path: self._folder.listing[path] for city in self._config.cities for path in self._images(city)}
         files = [name for city in self._config.cities for name in (_captions_file(city), _labels_file(city))]
         found = {name: self._release_files.get(name) for name in files}
-        released = {name: data and hashlib.sha256(data).hexdigest() for name, data in found.items()}
+        released = {name: None if data is None else hashlib.sha256(data).hexdigest() for name, data in found.items()}
         return storage.digest({"cities": self._config.cities, "images": images, "release": released})
 
     def tiles(self) -> list[TileRecord]:
