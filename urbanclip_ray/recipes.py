@@ -80,10 +80,11 @@ def urbanclip_beijing() -> RunConfig:
     """The paper's set-up for Beijing: released captions and labels, your own tiles, CoCa ViT-L-14 from its weights, on GPUs.
 
     As in the released code (arXiv 2310.18340): weights, learning rate, batch of 128, 100 epochs, equal loss weights, AdamW,
-    no augmentation, one sentence of a tile at a time, the MLP probe on the natural logarithm without zeros, a random split of
-    64/16/20. Otherwise: the sentence is drawn anew every epoch, learning rates warm up and decay, gradients are clipped,
-    matrix products are bf16, and the outer split holds blocks of about ten by ten tiles out of pretraining, because random
-    tiles have neighbours in training; the paper's split is reported beside it as transductive.
+    no augmentation, one sentence of a tile at a time, the MLP probe on the natural logarithm, a random split of 64/16/20.
+    Otherwise: the sentence is drawn anew every epoch, learning rates warm up and decay, gradients are clipped, matrix products
+    are bf16, a zero drops a tile for that indicator alone (there for all three), and the outer split holds blocks of about ten
+    by ten tiles out of pretraining, because random tiles have neighbours in training; the paper's split is reported beside it
+    as transductive.
     """
     return RunConfig(
         run="urbanclip_beijing",
