@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv demo test test-all lint cluster cluster-stop clean
+.PHONY: help venv demo test test-all lint cluster cluster-stop verify-gpu clean
 
 help:
 	@echo "make demo      install, then run the whole walk on real imagery; writes runs/demo/report/report.html"
@@ -13,6 +13,7 @@ help:
 	@echo "make lint      formatting, lint and strict types"
 	@echo "make cluster   an autoscaling Ray cluster on this machine to submit jobs to; make cluster-stop ends it"
 	@echo "make venv      install only"
+	@echo "make verify-gpu  every stage on 200 tiles and one GPU; writes gpu.json"
 	@echo "make clean     remove .venv and caches; runs/ stays"
 
 venv: $(STAMP)
@@ -42,6 +43,9 @@ cluster: $(STAMP)
 
 cluster-stop:
 	@$(BIN)/python cluster/local_cluster.py stop
+
+verify-gpu: $(STAMP)
+	$(BIN)/python jobs/verify_gpu.py --output gpu.json
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

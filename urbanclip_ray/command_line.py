@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -56,6 +58,28 @@ def run_job(description: str | None, sections: Sequence[str], stages: Sequence[s
             from urbanclip_ray.pipeline import run_stages  # imports Ray, which --help must not wait for
 
             run_stages(config, stages)
+
+
+def run_verification(description: str | None) -> None:
+    """Run the recipe `verify_gpu`, or `verify_cpu` with --cpu, write its record, and fail where a check of it fails."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cpu", action="store_true", help="the same code with a small model and without a GPU")
+    parser.add_argument("--output", metavar="URI", help="where the record goes (default: gpu.json, or cpu.json with --cpu)")
+    parser.add_argument("--storage", metavar="URI", help="keep the datasets here (default: a folder that is removed)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key; repeatable")
+    arguments = parser.parse_args()
+    with errors_in_one_line(), tempfile.TemporaryDirectory(prefix="urbanclip_ray_verify_") as folder:
+        kind = "cpu" if arguments.cpu else "gpu"
+        output = arguments.output or f"{kind}.json"
+        config = apply_overrides(load_recipe(f"verify_{kind}"), [*arguments.set, f"storage={arguments.storage or folder}"])
+        from urbanclip_ray.storage import write_bytes
+        from urbanclip_ray.verify import VerificationError, verify
+
+        record = verify(config)
+        write_bytes(output, json.dumps(record, indent=1).encode())
+        print(f"{record['device']['name']}: {output} is written")
+        if failed := [check for check, holds in record["checks"].items() if not holds]:
+            raise VerificationError(f"{output} says that these do not hold: {'; '.join(failed)}")
 
 
 @contextmanager

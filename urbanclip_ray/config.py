@@ -76,10 +76,32 @@ class WorldSource(Section):
     stride_px: int = Field(default=54, ge=1, le=600)  # below tile_px neighbouring tiles overlap
     min_land_share: float = Field(default=0.95, gt=0, le=1)
     max_abs_lat: float = Field(default=60.0, gt=0, le=85)
+    max_tiles: int = Field(default=0, ge=0)  # 0: all; else as many, spread evenly over all
 
 
-SOURCE_KINDS: dict[str, type[Section]] = {"folder": FolderSource, "rsicd": RsicdSource, "world": WorldSource}
-SourceConfig = Annotated[FolderSource | RsicdSource | WorldSource, Field(discriminator="kind")]
+class UrbanClipSource(Section):
+    """UrbanCLIP's released captions and labels (arXiv 2310.18340), with tiles that the user brings: it released none."""
+
+    kind: Literal["urbanclip"] = "urbanclip"
+    uri: str = execution("")  # folder of tiles: CITY/ZOOM_X_Y_s.jpg in Baidu's grid, as the release names them
+    release: str = execution("")  # folder of CITY_captions.json and CITY_labels.csv; empty: the folder of tiles
+    cities: tuple[str, ...] = ("Beijing",)
+
+    @field_validator("cities")
+    @classmethod
+    def _distinct_folders(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or len(set(value)) < len(value) or not all(map(is_safe_name, value)):
+            raise ValueError("name at least one city, each once, as its folder and files are named: [Beijing, Guangzhou]")
+        return value
+
+
+SOURCE_KINDS: dict[str, type[Section]] = {
+    "folder": FolderSource,
+    "rsicd": RsicdSource,
+    "world": WorldSource,
+    "urbanclip": UrbanClipSource,
+}
+SourceConfig = Annotated[FolderSource | RsicdSource | WorldSource | UrbanClipSource, Field(discriminator="kind")]
 
 
 class IngestConfig(Section):
@@ -208,6 +230,23 @@ class ModelConfig(Section):
     patch_dropout: float = Field(default=0.0, ge=0, lt=1)  # share of patches hidden in training (FLIP, CVPR 2023)
     init_temperature: float = Field(default=0.07, gt=0)
     seed: int = 0
+    # Weights to start from: an open_clip tag of the architecture, or a safetensors file (path or URI). Not part of the
+    # content here, because a path says nothing: the pretrain stage takes the tag and revision, or the file's digest.
+    pretrained: str = execution("")
+    pretrained_revision: str = execution("main")  # of the hub repository behind the tag: a commit, to be reproducible
+
+    @property
+    def pretrained_is_file(self) -> bool:
+        return "/" in self.pretrained or self.pretrained.endswith(".safetensors")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.pretrained and self.tokenizer != "open_clip":
+            raise ValueError(
+                "model.pretrained starts from weights of CLIP's vocabulary: set model.tokenizer=open_clip, or start from "
+                "random weights with an empty model.pretrained="
+            )
+        return self
 
 
 class AugmentConfig(Section):

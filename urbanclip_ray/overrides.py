@@ -70,7 +70,7 @@ def _suggest(name: str, known: list[str]) -> str:
 
 
 def _explain(item: Any) -> str:
-    key = ".".join(str(part) for part in item["loc"] if part not in ("folder", "rsicd", "world")) or "config"
+    key = ".".join(str(part) for part in item["loc"] if part not in SOURCE_KINDS) or "config"
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
         return f"unknown key {key!r}: remove it or correct its spelling"

@@ -14,11 +14,13 @@ from urbanclip_ray.config import (
     ModelConfig,
     ProbeConfig,
     RefineConfig,
+    ResourcesConfig,
     RsicdSource,
     RunConfig,
     SplitConfig,
     TrainConfig,
     TuneConfig,
+    UrbanClipSource,
     WorldSource,
 )
 
@@ -102,6 +104,86 @@ def probe_weights() -> RunConfig:
     return base.model_copy(update={"run": "probe_weights", "split": SplitConfig(outer="group", also=("random",), num_draws=5)})
 
 
+def urbanclip_beijing() -> RunConfig:
+    """The paper's set-up for Beijing: released captions and labels, your own tiles, CoCa ViT-L-14 from its weights, on GPUs.
+
+    As in the released code (arXiv 2310.18340): weights, learning rate, batch of 128, 100 epochs, equal loss weights, AdamW,
+    no augmentation, one sentence of a tile at a time, the MLP probe on the natural logarithm, a random split of 64/16/20.
+    Otherwise: the sentence is drawn anew every epoch, learning rates warm up and decay, gradients are clipped, matrix products
+    are bf16, a zero drops a tile for that indicator alone (there for all three), and the outer split holds blocks of about ten
+    by ten tiles out of pretraining, because random tiles have neighbours in training; the paper's split is reported beside it
+    as transductive.
+    """
+    return RunConfig(
+        run="urbanclip_beijing",
+        source=UrbanClipSource(cities=("Beijing",)),
+        # A tile without a released caption is an error row. To have tiles described, name a captioner here.
+        caption=CaptionConfig(captioner="given"),
+        split=SplitConfig(outer="blocks", also=("random",), block_km=8, test_share=0.2, val_share=0.16),
+        model=ModelConfig(architecture="coca_ViT-L-14", pretrained="mscoco_finetuned_laion2b_s13b_b90k", tokenizer="open_clip"),
+        train=TrainConfig(
+            epochs=100,
+            micro_batch_size=64,
+            contrastive_batch_size=128,
+            global_batch_size=128,
+            lr=3e-5,
+            weight_decay=0.01,
+            beta2=0.999,
+            eps=1e-8,
+            augment=AugmentConfig(min_area_share=1, flips=False),
+            checkpoint_every_steps=500,  # 7.7 GB each
+        ),
+        embed=EmbedConfig(gpus_per_actor=1),
+        probe=ProbeConfig(target="log"),
+        resources=ResourcesConfig(num_workers=2, use_gpu=True),
+    )
+
+
+def urbanclip_four_cities() -> RunConfig:
+    """As urbanclip_beijing on Beijing, Shanghai, Guangzhou and Shenzhen at once, with whole cities held out beside blocks.
+
+    One model for four cities, and R² over all their tiles: the paper trains and judges every city by itself. Splits by group
+    are splits by city; `split.outer=group` keeps the held-out city out of pretraining, too.
+    """
+    base = urbanclip_beijing()
+    return base.model_copy(
+        update={
+            "run": "urbanclip_four_cities",
+            "source": UrbanClipSource(cities=("Beijing", "Shanghai", "Guangzhou", "Shenzhen")),
+            "split": base.split.model_copy(update={"also": ("group", "random")}),
+        }
+    )
+
+
+def verify_gpu() -> RunConfig:
+    """A CoCa ViT-B-32 through every stage on 200 tiles and one GPU; what `make verify-gpu` runs."""
+    return RunConfig(
+        run="verify_gpu",
+        source=WorldSource(max_tiles=200),
+        caption=CaptionConfig(captioner="land_cover"),
+        split=SplitConfig(outer="blocks", block_km=1500, num_draws=2),
+        model=ModelConfig(architecture="coca_ViT-B-32", tokenizer="open_clip"),
+        train=TrainConfig(epochs=10, micro_batch_size=32, contrastive_batch_size=32, global_batch_size=32, lr=1e-4),
+        embed=EmbedConfig(num_actors=1, gpus_per_actor=1),
+        probe=ProbeConfig(mlp_max_epochs=20),
+        resources=ResourcesConfig(num_workers=1, use_gpu=True),
+    )
+
+
+def verify_cpu() -> RunConfig:
+    """As verify_gpu with a small model on a CPU; what `jobs/verify_gpu.py --cpu` runs."""
+    base = verify_gpu()
+    return base.model_copy(
+        update={
+            "run": "verify_cpu",
+            "model": ModelConfig(architecture="coca_tiny_27", vocab_size=600),
+            "train": base.train.model_copy(update={"lr": 3e-4}),
+            "embed": EmbedConfig(num_actors=1),
+            "resources": ResourcesConfig(num_workers=1),
+        }
+    )
+
+
 def tiny_test() -> RunConfig:
     """The whole walk in a minute, on a folder of small tiles; what the tests run."""
     return RunConfig(
@@ -122,7 +204,19 @@ def tiny_test() -> RunConfig:
 
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
-    recipe.__name__: recipe for recipe in (world_demo, demo_search, rsicd_small, own_tiles, probe_weights, tiny_test)
+    recipe.__name__: recipe
+    for recipe in (
+        world_demo,
+        demo_search,
+        rsicd_small,
+        own_tiles,
+        probe_weights,
+        urbanclip_beijing,
+        urbanclip_four_cities,
+        verify_gpu,
+        verify_cpu,
+        tiny_test,
+    )
 }
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from urbanclip_ray.captioners.model_files import ModelReference, is_directory, resolve_model
-from urbanclip_ray.config import ConfigError, RunConfig, WorldSource
+from urbanclip_ray.config import ConfigError, RunConfig, UrbanClipSource, WorldSource
 from urbanclip_ray.sources import open_source
 from urbanclip_ray.storage import Dataset, Publication, absolute, exists, find_dataset, join, read_bytes
 
@@ -57,19 +57,30 @@ class Run:
     def caption_model(self) -> ModelReference | None:
         return resolve_model(self.config.caption) if self.config.caption.captioner == "transformers" else None
 
+    @cached_property
+    def start(self) -> str:
+        """What pretraining starts from, by its content; empty for random weights."""
+        from urbanclip_ray.model.pretrained import identify_start
+
+        return identify_start(self.config.model)
+
     def weights_uri(self) -> str:
         return weights_folder(self.datasets["pretrain"]) if self.pretrains else self.given_weights
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
-    source = config.source
+    source, model = config.source, config.model
     if not isinstance(source, WorldSource):
         source = source.model_copy(update={"uri": absolute(source.uri)})
+    if isinstance(source, UrbanClipSource):
+        source = source.model_copy(update={"release": absolute(source.release)})
+    if model.pretrained_is_file:
+        model = model.model_copy(update={"pretrained": absolute(model.pretrained)})
     embed = config.embed.model_copy(update={"weights": absolute(config.embed.weights)})
     caption = config.caption
     if is_directory(caption.model):
         caption = caption.model_copy(update={"model": absolute(caption.model)})
-    changed = {"storage": absolute(config.storage), "source": source, "caption": caption, "embed": embed}
+    changed = {"storage": absolute(config.storage), "source": source, "model": model, "caption": caption, "embed": embed}
     return config.model_copy(update=changed)
 
 
@@ -202,6 +213,10 @@ def _probe(run: Run, publication: Publication) -> None:
     )
 
 
+def _pretrain_content(run: Run) -> dict[str, Any]:
+    return run.config.pretrain_content() | ({"start": run.start} if run.config.model.pretrained else {})
+
+
 def _embed_content(run: Run) -> dict[str, Any]:
     weights = {} if run.pretrains else {"weights_digest": run.given_weights_digest}
     return {"embed": run.config.embed.content(), "pixels": run.config.pixels.content()} | weights
@@ -254,7 +269,7 @@ STAGES: tuple[Stage, ...] = (
         "pretrain",
         "pretrain",
         ("shards",),
-        lambda run: run.config.pretrain_content(),
+        _pretrain_content,
         _pretrain,
         lambda run: run.pretrains,
     ),

@@ -16,7 +16,7 @@ PACKAGE = Path(urbanclip_ray.__file__).parent
 ROOT = PACKAGE.parent
 LIGHT = [
     *("", ".errors", ".remote_errors", ".config", ".overrides", ".recipes", ".schema", ".storage", ".command_line"),
-    *(".imagery", ".sources", ".stages", ".plan", ".search_space"),
+    *(".imagery", ".sources", ".stages", ".plan", ".search_space", ".geo.baidu"),
     *(".captioners.model_files", ".captioners.store", ".captioners.vision_language"),
 ]
 HEAVY = ("torch", "ray", "deepspeed", "open_clip", "transformers")
@@ -24,6 +24,7 @@ USES_RAY = {
     "urbanclip_ray.dataflow",
     "urbanclip_ray.cluster",
     "urbanclip_ray.check",
+    "urbanclip_ray.verify",
     "urbanclip_ray.sources.ingest",
     "urbanclip_ray.captioners.caption",
     "urbanclip_ray.captioners.refine",
@@ -105,6 +106,7 @@ def test_public_names_are_found_where_they_are_said_to_be():
 @pytest.mark.parametrize(
     ("package", "others"),
     [
+        ("geo", ["sources", "model", "captioners", "train", "evaluate", "dataflow", "storage"]),
         ("sources", ["model", "captioners", "train", "evaluate"]),
         ("model", ["sources", "captioners", "train", "evaluate", "dataflow"]),
         ("captioners", ["model", "sources", "train", "evaluate"]),
@@ -136,8 +138,11 @@ def test_deepspeed_is_used_only_by_the_engine_and_its_fragments():
 
 
 def test_only_the_command_line_runs_the_pipeline_and_imports_it_late():
-    found = [item for item in ALL if is_below(item.name, "urbanclip_ray.pipeline")]
-    assert [(item.module, item.lazy) for item in found] == [("urbanclip_ray.command_line", True)]
+    """Through `verify` for one job, which it imports late as well."""
+    found = {(item.module, item.lazy) for item in ALL if is_below(item.name, "urbanclip_ray.pipeline")}
+    assert found == {("urbanclip_ray.command_line", True), ("urbanclip_ray.verify", False)}
+    found = {(item.module, item.lazy) for item in ALL if is_below(item.name, "urbanclip_ray.verify")}
+    assert found == {("urbanclip_ray.command_line", True)}
     assert not [item for item in ALL if item.module == "urbanclip_ray" and is_below(item.name, "urbanclip_ray")]
 
 
@@ -145,7 +150,8 @@ def test_jobs_know_the_command_line_and_their_own_stage_only_when_it_is_asked_fo
     for path in sorted((ROOT / "jobs").glob("*.py")):
         found = [item for item in imports_of(path) if is_below(item.name, "urbanclip_ray")]
         eager = {item.name for item in found if not item.lazy}
-        assert "urbanclip_ray.command_line.run_job" in eager
-        assert eager <= {"urbanclip_ray.command_line.run_job", "urbanclip_ray.command_line.Look"}
+        names = {item.removeprefix("urbanclip_ray.command_line.") for item in eager}
+        assert names & {"run_job", "run_verification"}
+        assert names <= {"run_job", "run_verification", "Look"}
         lazy = {item.name.split(".")[1] for item in found if item.lazy}
         assert lazy <= ({"captioners", "stages"} if path.stem == "caption" else set())

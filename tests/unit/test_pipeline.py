@@ -106,6 +106,18 @@ def test_how_the_work_is_done_remakes_nothing(config, made, override):
     assert rerun(config, made, override) == []
 
 
+def test_the_bytes_to_start_from_decide_and_not_where_they_lie(config, made, tmp_path):
+    options = ["model.tokenizer=open_clip", "model.architecture=coca_ViT-B-32"]
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    first.write_bytes(b"weights")
+    second.write_bytes(b"weights")
+    rerun(config, made, *options)
+    assert "pretrain" in rerun(config, made, *options, f"model.pretrained={first}")
+    assert rerun(config, made, *options, f"model.pretrained={second}") == []
+    second.write_bytes(b"other weights")
+    assert "pretrain" in rerun(config, made, *options, f"model.pretrained={second}")
+
+
 def test_another_number_of_workers_keeps_the_shards(config, made):
     rerun(config, made)
     tree = config.model_dump()

@@ -42,3 +42,27 @@ def test_a_search_over_the_demo_begins_with_the_demo():
     base, search = (load_recipe(name).model_dump() for name in ("world_demo", "demo_search"))
     assert {key for key in base if base[key] != search[key]} == {"run", "train", "tune"}
     assert {key for key in base["train"] if base["train"][key] != search["train"][key]} == {"epochs", "validations"}
+
+
+def test_four_cities_differ_from_beijing_only_in_cities_and_splits():
+    base, derived = (load_recipe(name).model_dump() for name in ("urbanclip_beijing", "urbanclip_four_cities"))
+    assert {key for key in base if base[key] != derived[key]} == {"run", "source", "split"}
+    assert derived["split"]["outer"] == base["split"]["outer"] == "blocks"
+
+
+def test_the_paper_recipe_has_the_papers_settings():
+    """From the released code and its first README."""
+    config = load_recipe("urbanclip_beijing")
+    train = config.train
+    assert (train.lr, train.global_batch_size, train.epochs, train.weight_decay) == (3e-5, 128, 100, 0.01)
+    assert (train.contrastive_weight, train.caption_weight, train.max_logit_scale) == (1, 1, 100)
+    assert (config.probe.target, config.probe.mlp_hidden, config.probe.mlp_lr) == ("log", 256, 3e-4)
+    assert config.model.architecture == "coca_ViT-L-14"
+    assert "random" in config.split.also
+
+
+def test_the_verification_differs_on_a_cpu_only_in_model_and_hardware():
+    base, derived = (load_recipe(name).model_dump() for name in ("verify_gpu", "verify_cpu"))
+    assert {key for key in base if base[key] != derived[key]} == {"run", "model", "train", "embed", "resources"}
+    assert base["source"]["max_tiles"] == 200
+    assert base["resources"]["use_gpu"]

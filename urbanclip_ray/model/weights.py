@@ -81,10 +81,18 @@ def load_model_files(files: dict[str, bytes], name: str) -> LoadedModel:
             "urbanclip_ray wrote"
         ) from None
     try:
-        state = safetensors.torch.load(files[WEIGHTS_FILE])
-        state["logit_scale"] = state["logit_scale"].reshape(1)
-        model.inner.load_state_dict(state)
-    except (RuntimeError, KeyError, safetensors.SafetensorError) as error:
+        fill_model(model, files[WEIGHTS_FILE])
+    except ValueError as error:
         raise ConfigError(f"{name}: {WEIGHTS_FILE} does not fit {CONFIG_FILE}: {error}") from None
     digest = hashlib.sha256(files[WEIGHTS_FILE] + files[CONFIG_FILE]).hexdigest()[:16]
     return LoadedModel(model.eval(), load_tokenizer(files), digest)
+
+
+def fill_model(model: CoCa, data: bytes) -> None:
+    """Load a safetensors file in open_clip's layout, where the logit scale is a scalar; ValueError says what does not fit."""
+    try:
+        state = safetensors.torch.load(data)
+        state["logit_scale"] = state["logit_scale"].reshape(1)
+        model.inner.load_state_dict(state)
+    except (RuntimeError, KeyError, safetensors.SafetensorError) as error:
+        raise ValueError(str(error)) from None

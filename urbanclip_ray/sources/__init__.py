@@ -1,11 +1,12 @@
-"""What a user points us at: a folder of tiles, RSICD, the world demo. Each lists its tiles and reads one at a time."""
+"""What a user points us at: folder, RSICD, UrbanCLIP's release, world demo. Each lists its tiles and reads one at a time."""
 
 from __future__ import annotations
 
-from urbanclip_ray.config import FolderSource, RsicdSource, SourceConfig
+from urbanclip_ray.config import FolderSource, RsicdSource, SourceConfig, UrbanClipSource
 from urbanclip_ray.sources.base import Source, SourceError, TileRecord
 from urbanclip_ray.sources.folder import FolderTiles
 from urbanclip_ray.sources.rsicd import RsicdTiles
+from urbanclip_ray.sources.urbanclip import UrbanClipTiles
 from urbanclip_ray.sources.world import WorldTiles
 
 __all__ = ["Source", "SourceError", "TileRecord", "open_source"]
@@ -17,4 +18,6 @@ def open_source(config: SourceConfig) -> Source:
         return FolderTiles(config)
     if isinstance(config, RsicdSource):
         return RsicdTiles(config)
+    if isinstance(config, UrbanClipSource):
+        return UrbanClipTiles(config)
     return WorldTiles(config)

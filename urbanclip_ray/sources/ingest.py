@@ -113,8 +113,9 @@ def _refuse_many_errors(errors: dict[str, str], records: list[TileRecord], max_e
 def collect_labels(labels: pa.Table, tiles: Dataset, publication: Publication) -> None:
     """Write the indicators of known tiles as the `labels` dataset; rows of other tiles are counted and left out.
 
-    Infinite values become null, counted per indicator in the facts. Raises :class:`SourceError` when a tile has two
-    rows or when no row belongs to a tile.
+    Infinite values become null, counted per indicator in the facts. These also count zeros and name the most frequent value
+    with its count: whether a 0, or a value that neighbours share, is a measurement is the probe's to decide. Raises
+    :class:`SourceError` when a tile has two rows or when no row belongs to a tile.
     """
     indicators = [name for name in labels.column_names if name != "tile_id"]
     if not indicators:
@@ -138,15 +139,24 @@ def collect_labels(labels: pa.Table, tiles: Dataset, publication: Publication) -
             infinite[name] = count
             infinite_tile_ids += known["tile_id"].filter(is_infinite).to_pylist()
         columns[name] = pc.if_else(pc.is_finite(values), values, pa.scalar(None, pa.float64()))  # NaN is null as well
-    publication.write_table(dataflow.conform(_combined(columns), labels_schema(indicators)))
+    written = dataflow.conform(_combined(columns), labels_schema(indicators))
+    publication.write_table(written)
     rejects = {"unknown tile": unknown.num_rows} if unknown.num_rows else {}
     publication.count(unit="tiles", rows_in=labels.num_rows, rows_out=known.num_rows, rejects=rejects)
     publication.facts |= {
         "infinite": infinite,
         "infinite_tile_ids": sorted(set(infinite_tile_ids))[:NUM_EXAMPLES],
+        "zeros": {name: pc.sum(pc.equal(written[name], 0)).as_py() or 0 for name in indicators},
+        "most_frequent": {name: _most_frequent(written[name]) for name in indicators},
         "unknown_tile_ids": unknown["tile_id"].to_pylist()[:NUM_EXAMPLES],
         "tiles_without_labels": len(tile_ids) - known.num_rows,
     }
+
+
+def _most_frequent(values: pa.ChunkedArray) -> list[float | int] | None:
+    """The most frequent value and its count; None where all are null."""
+    counts = Counter(values.drop_null().to_pylist())
+    return list(counts.most_common(1)[0]) if counts else None
 
 
 def _combined(columns: dict[str, pa.ChunkedArray]) -> dict[str, pa.Array]:

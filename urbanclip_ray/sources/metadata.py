@@ -43,6 +43,10 @@ class MetadataTable:
         """The number of each row in the file; blank rows are not rows."""
         return [int(row) for row in self._cells.index]
 
+    @property
+    def column_names(self) -> list[str]:
+        return [str(name) for name in self._cells.columns]
+
     @cached_property
     def columns(self) -> Columns:
         config = self._config
@@ -115,7 +119,7 @@ class MetadataTable:
 
     @property
     def _column_list(self) -> str:
-        return ", ".join(map(str, self._cells.columns))
+        return ", ".join(self.column_names)
 
     def _need(self, column: str, key: str) -> str:
         if column not in self._cells.columns:

@@ -115,7 +115,11 @@ class WorldTiles:
             raise SourceError(
                 "no tile of the world map passes: lower source.min_land_share or source.tile_px, or raise source.max_abs_lat"
             )
-        return list(zip(x[kept].tolist(), y[kept].tolist(), strict=True))
+        x, y = x[kept], y[kept]
+        if 0 < config.max_tiles < len(x):
+            chosen = np.linspace(0, len(x) - 1, config.max_tiles).round().astype(int)
+            x, y = x[chosen], y[chosen]
+        return list(zip(x.tolist(), y.tolist(), strict=True))
 
 
 def _location(x: int, y: int) -> str:

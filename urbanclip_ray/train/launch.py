@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
@@ -15,9 +16,11 @@ from urbanclip_ray.cluster import worker_resources
 from urbanclip_ray.config import ConfigError, RunConfig
 from urbanclip_ray.errors import UserError
 from urbanclip_ray.model.architectures import open_clip_config
+from urbanclip_ray.model.pretrained import download_start, file_sha256, identify_start, start_file
 from urbanclip_ray.model.texts import shown_texts
 from urbanclip_ray.model.tokenize import TextTokenizer, open_clip_tokenizer, tokenizer_files, train_bpe
-from urbanclip_ray.storage import Dataset, Publication, delete_folder, join, list_files, resolve
+from urbanclip_ray.model.weights import WEIGHTS_FILE
+from urbanclip_ray.storage import Dataset, Publication, delete_folder, exists, join, list_files, resolve, write_bytes
 from urbanclip_ray.train.loop import AfterStep, TrainError, TrainSpec, train_rank
 
 WORKER_ENVIRONMENT = {
@@ -30,6 +33,7 @@ CPU_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
 }
+START_FOLDER = "start"  # beside the checkpoints, removed when training is done
 
 
 def pretrain(
@@ -57,6 +61,7 @@ def pretrain(
         shards_uri=shards.uri,
         open_clip_config=open_clip_config(config.model, vocab_size),
         tokenizer_files=tokenizer_files(tokenizer),
+        start_uri=_place_start(config, publication),
         checkpoints_uri=join(publication.uri, "checkpoints"),
         tensorboard_uri=join(publication.uri, "tensorboard"),
         results_uri=publication.data_uri,
@@ -64,9 +69,24 @@ def pretrain(
     )
     dataflow.connect()
     _run_workers(spec, config, publication, callbacks)
+    if spec.start_uri:
+        publication.facts["start"] = {"weights": identify_start(config.model), "sha256": file_sha256(spec.start_uri)}
+        delete_folder(join(publication.uri, START_FOLDER))
     files = [str(info.base_name) for info in list_files(publication.data_uri)]
     publication.facts |= {"weights": sorted(files), "texts_cut": num_cut}
     publication.count(unit="training rows", rows_in=parts["train"], rows_out=parts["train"], rejects={})
+
+
+def _place_start(config: RunConfig, publication: Publication) -> str:
+    """The file that every rank starts from. Published weights are copied into storage: workers then need no hub."""
+    if not config.model.pretrained:
+        return ""
+    if config.model.pretrained_is_file:
+        return start_file(config.model)
+    uri = join(publication.uri, START_FOLDER, WEIGHTS_FILE)
+    if not exists(uri):
+        write_bytes(uri, Path(download_start(config.model)).read_bytes())
+    return uri
 
 
 def training_texts(config: RunConfig, shards: Dataset) -> list[str]:

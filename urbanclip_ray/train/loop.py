@@ -15,12 +15,14 @@ from urbanclip_ray.config import RunConfig, TrainConfig
 from urbanclip_ray.errors import UserError
 from urbanclip_ray.model.coca import build_model
 from urbanclip_ray.model.losses import LossTerms, contrastive_loss
+from urbanclip_ray.model.pretrained import fill_start
 from urbanclip_ray.model.tokenize import PAD_ID, load_tokenizer
 from urbanclip_ray.model.weights import weight_files
 from urbanclip_ray.storage import join, open_dataset, write_bytes
 from urbanclip_ray.train.batches import BatchMaker, TrainStep, prefetch, train_steps
 from urbanclip_ray.train.checkpoint import fill_weights, find_checkpoint, restore_rank, save_checkpoint
 from urbanclip_ray.train.curves import Curves
+from urbanclip_ray.train.device import DEVICE_FILE, describe_rank
 from urbanclip_ray.train.engine import attention_kernel, learning_rate, set_learning_rate, start_engine
 from urbanclip_ray.train.fragments import clamp_parameter, whole_weights
 from urbanclip_ray.train.gather import gather_rows
@@ -43,6 +45,7 @@ class TrainSpec(NamedTuple):
     tensorboard_uri: str
     results_uri: str
     after_step: AfterStep | None = None  # must leave the model, its mode and the random state as they were
+    start_uri: str = ""  # safetensors file to start from; empty: random weights
 
 
 class TrainError(UserError, RuntimeError):
@@ -68,6 +71,8 @@ def train_rank(spec: TrainSpec) -> None:
     checkpoint = find_checkpoint(spec.checkpoints_uri)
     if checkpoint is not None:
         fill_weights(model, checkpoint)
+    elif spec.start_uri:
+        fill_start(model, spec.start_uri)
     engine = start_engine(model, config)
     if checkpoint is not None:
         restore_rank(engine, checkpoint)
@@ -97,6 +102,7 @@ def train_rank(spec: TrainSpec) -> None:
         write_bytes(join(spec.results_uri, name), data)
     if rank == 0:
         write_bytes(join(spec.results_uri, "history.json"), json.dumps(curves.history).encode())
+        write_bytes(join(spec.results_uri, DEVICE_FILE), json.dumps(describe_rank(engine.device)).encode())
     curves.close()
     dist.barrier()
 

@@ -129,7 +129,7 @@ def test_labels_of_unknown_tiles_and_infinite_values_are_counted(tmp_path):
     labels = pa.table(
         {
             "tile_id": ["r/a", "r/x", "r/b"],
-            "gdp": [math.inf, 5.0, 2.0],
+            "gdp": [math.inf, 0.0, 0.0],
             "people": pa.array([None, 1.0, math.nan], pa.float64()),
         }
     )
@@ -138,13 +138,15 @@ def test_labels_of_unknown_tiles_and_infinite_values_are_counted(tmp_path):
     assert table.schema.equals(labels_schema(["gdp", "people"]))
     assert table.to_pylist() == [
         {"tile_id": "r/a", "gdp": None, "people": None},  # a row without a value stays
-        {"tile_id": "r/b", "gdp": 2.0, "people": None},
+        {"tile_id": "r/b", "gdp": 0.0, "people": None},
     ]
     assert (dataset.manifest.rows_in, dataset.manifest.rows_out) == (3, 2)
     assert dataset.manifest.rejects == {"unknown tile": 1}
     assert dataset.manifest.facts == {
         "infinite": {"gdp": 1},
         "infinite_tile_ids": ["r/a"],
+        "zeros": {"gdp": 1, "people": 0},  # of known tiles
+        "most_frequent": {"gdp": [0.0, 1], "people": None},
         "unknown_tile_ids": ["r/x"],
         "tiles_without_labels": 1,
     }

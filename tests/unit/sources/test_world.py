@@ -85,6 +85,17 @@ def test_overlapping_tiles_count_a_place_in_each(world, tiles):
     assert finer.fingerprint() != world.fingerprint()
 
 
+def test_fewer_tiles_are_spread_over_all_of_them(tiles):
+    fewer = open_source(WorldSource(max_tiles=50))
+    found = fewer.tiles()
+    assert len(found) == 50
+    assert {tile.tile_id for tile in found} < {tile.tile_id for tile in tiles}
+    assert min(tile.lat for tile in found) < -40
+    assert max(tile.lat for tile in found) > 55
+    assert fewer.labels()["tile_id"].to_pylist() == [tile.tile_id for tile in found]
+    assert len(open_source(WorldSource(max_tiles=10_000)).tiles()) == len(tiles)
+
+
 def test_a_demand_that_no_tile_meets_names_the_fix():
     with pytest.raises(SourceError, match=r"source\.min_land_share"):
         open_source(WorldSource(tile_px=600, min_land_share=1.0)).tiles()

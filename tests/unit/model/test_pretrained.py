@@ -1,0 +1,141 @@
+"""Weights to start from: found, told apart by content, fitted exactly, and never unpickled."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+
+from urbanclip_ray.config import ConfigError, ModelConfig
+from urbanclip_ray.model.architectures import open_clip_config
+from urbanclip_ray.model.coca import build_model
+from urbanclip_ray.model.pretrained import file_sha256, fill_start, identify_start, start_file
+from urbanclip_ray.model.tokenize import train_bpe
+from urbanclip_ray.model.weights import WEIGHTS_FILE, weight_files
+from urbanclip_ray.overrides import apply_overrides
+from urbanclip_ray.recipes import load_recipe
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REPOSITORY = "models--laion--CoCa-ViT-B-32-laion2B-s13B-b90k"
+TAG = "laion2b_s13b_b90k"
+
+
+def named(pretrained, **more):
+    return ModelConfig(architecture="coca_ViT-B-32", tokenizer="open_clip", pretrained=pretrained, **more)
+
+
+def small_model(seed):
+    return build_model(open_clip_config(ModelConfig(architecture="coca_test_16"), 300), seed)
+
+
+@pytest.fixture
+def file(tmp_path):
+    tokenizer = train_bpe(["a river"], 300, 24)
+    (tmp_path / WEIGHTS_FILE).write_bytes(weight_files(small_model(seed=1), tokenizer)[WEIGHTS_FILE])
+    return tmp_path / WEIGHTS_FILE
+
+
+def test_a_model_takes_the_weights_of_a_file_all_of_them(file):
+    model = small_model(seed=2)
+    fill_start(model, str(file))
+    expected = small_model(seed=1).inner.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.inner.state_dict().items())
+    assert model.inner.logit_scale.shape == (1,)  # a scalar in the file
+
+
+@pytest.mark.parametrize("damage", ["pickle", "other architecture", "a tensor is missing"])
+def test_weights_that_do_not_fit_are_refused_by_name_and_nothing_is_unpickled(file, tmp_path, damage):
+    class Payload:
+        def __reduce__(self):
+            return open, (str(tmp_path / "unpickled"), "w")
+
+    state = safetensors.torch.load(file.read_bytes())
+    if damage == "pickle":
+        file.write_bytes(pickle.dumps({"logit_scale": Payload()}))
+    elif damage == "other architecture":
+        file.write_bytes(safetensors.torch.save(state | {"text.cls_emb": torch.zeros(3)}))
+    else:
+        del state["visual.proj"]
+        file.write_bytes(safetensors.torch.save(state))
+    with pytest.raises(ConfigError, match=rf"model\.pretrained: .*{WEIGHTS_FILE} does not fit model\.architecture"):
+        fill_start(small_model(seed=2), str(file))
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_a_file_is_known_by_its_bytes_and_a_tag_by_its_revision(file, tmp_path):
+    folder, twin = named(str(tmp_path)), tmp_path / "twin.safetensors"
+    twin.write_bytes(file.read_bytes())
+    assert start_file(folder) == str(file)
+    assert identify_start(folder) == identify_start(named(str(twin))) == file_sha256(str(file))
+    twin.write_bytes(b"other")
+    assert identify_start(named(str(twin))) != identify_start(folder)
+    assert identify_start(named(TAG)) == f"coca_ViT-B-32/{TAG}@main"
+    assert identify_start(named(TAG, pretrained_revision=COMMIT)) == f"coca_ViT-B-32/{TAG}@{COMMIT}"
+    assert identify_start(named("")) == ""
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.pretrained: .*gone\.safetensors is not there"):
+        identify_start(named(str(tmp_path / "gone.safetensors")))
+
+
+def test_a_tokenizer_of_the_runs_own_cannot_go_with_published_weights():
+    with pytest.raises(ConfigError, match=r"set model\.tokenizer=open_clip, or start from random weights"):
+        apply_overrides(load_recipe("tiny_test"), [f"model.pretrained={TAG}"])
+
+
+DOWNLOAD = """
+import sys
+from urbanclip_ray.config import ModelConfig
+from urbanclip_ray.errors import UserError
+from urbanclip_ray.model.pretrained import download_start
+
+try:
+    print(download_start(ModelConfig.model_validate_json(sys.argv[1])))
+except UserError as error:
+    sys.exit(f"refused: {error}")
+"""
+
+
+def download(cache, config):
+    """`download_start` with the hub out of reach and this cache, which huggingface_hub reads once per process."""
+    environment = os.environ | {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
+    arguments = [sys.executable, "-c", DOWNLOAD, config.model_dump_json()]
+    return subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_published_weights_come_from_the_hubs_cache_as_safetensors(tmp_path):
+    repository = tmp_path / "hub" / REPOSITORY
+    snapshot = repository / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    (snapshot / WEIGHTS_FILE).write_bytes(b"weights")
+    result = download(tmp_path, named(TAG))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip().endswith(f"snapshots/{COMMIT}/{WEIGHTS_FILE}")
+
+    (snapshot / WEIGHTS_FILE).rename(snapshot / "open_clip_pytorch_model.bin")
+    result = download(tmp_path, named(TAG))
+    assert result.returncode == 1
+    assert f"refused: model.pretrained={TAG}: {WEIGHTS_FILE} of laion/CoCa-ViT-B-32-laion2B-s13B-b90k" in result.stderr
+    assert "bring the file yourself: --set model.pretrained=FILE.safetensors" in result.stderr
+
+
+def test_an_unknown_tag_is_refused_with_those_there_are(tmp_path):
+    result = download(tmp_path, named("openai"))
+    assert result.returncode == 1
+    assert f"'openai' is no tag of open_clip's coca_ViT-B-32 (it has {TAG}, mscoco_finetuned_{TAG})" in result.stderr
+
+
+@pytest.mark.parametrize("recipe", ["urbanclip_beijing", "urbanclip_four_cities"])
+def test_the_weights_of_the_paper_recipes_are_published(recipe):
+    model = load_recipe(recipe).model
+    assert model.pretrained in list_pretrained_tags_by_model(model.architecture)
+    assert get_pretrained_cfg(model.architecture, model.pretrained)["hf_hub"].startswith("laion/")

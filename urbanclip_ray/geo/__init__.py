@@ -1,0 +1,1 @@
+"""Coordinate systems and tile schemes. Plain numpy: no Ray, no torch."""
