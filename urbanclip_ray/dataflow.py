@@ -12,21 +12,37 @@ import pyarrow as pa
 import ray
 import ray.data
 
+from urbanclip_ray.config import ConfigError
+from urbanclip_ray.filesystems import STORES_VARIABLE, stores_environment
 from urbanclip_ray.storage import Dataset, Publication, explain_os_error, resolve
 
 
 def connect() -> None:
     """Join the cluster of `RAY_ADDRESS` (set inside a submitted job), else start a Ray of our own on this machine.
 
-    A Ray that happens to run on this machine is left alone unless the address says so.
+    A Ray that happens to run on this machine is left alone unless the address says so. Raises ConfigError where this
+    process joined a Ray that knows other `stores`.
     """
-    if not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS") or "local")
+    if ray.is_initialized():
+        _refuse_other_stores()
+    else:
+        settings = stores_environment()
+        environment = {"env_vars": settings} if settings else None  # without one, workers start quicker
+        ray.init(address=os.environ.get("RAY_ADDRESS") or "local", runtime_env=environment)
     if not sys.stderr.isatty():
         logging.getLogger("ray.data").setLevel(logging.WARNING)  # bars are for terminals, a log wants no frames
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True  # blocks in order; rows inside a written file may still move
     context.print_on_execution_start = False
+
+
+def _refuse_other_stores() -> None:
+    known = ray.get_runtime_context().runtime_env.get("env_vars", {})
+    if known.get(STORES_VARIABLE) != stores_environment().get(STORES_VARIABLE):
+        raise ConfigError(
+            "stores: this process joined Ray with other ones, and Ray's workers would not know these: call ray.shutdown() "
+            "before this run, or leave ray.init to it"
+        )
 
 
 def read(dataset: Dataset, columns: list[str] | None = None) -> ray.data.Dataset:

@@ -20,6 +20,7 @@ from urbanclip_ray.stages import STAGES, Run, Stage
 from urbanclip_ray.storage import (
     Dataset,
     MissingDatasetError,
+    check_access,
     dataset_uri,
     digest,
     exists,
@@ -41,6 +42,8 @@ def run_stages(config: RunConfig, only: Sequence[str] | None) -> Run:
     """
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     run = Run(config)
+    for uri in run.places:
+        check_access(uri)
     summary = Table(title=f"run {config.run}", title_justify="left")
     for name in ("stage", "", "in", "out", "rejected", "dataset"):
         summary.add_column(name, justify="right" if name in ("in", "out") else "left", overflow="fold")

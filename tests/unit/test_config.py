@@ -16,6 +16,7 @@ from urbanclip_ray.config import (
     ResourcesConfig,
     RsicdSource,
     RunConfig,
+    StoreConfig,
     TrainConfig,
     WorldSource,
 )
@@ -184,6 +185,7 @@ def test_configs_are_frozen_and_unknown_fields_are_refused_on_construction():
         (CaptionConfig(), CaptionConfig(num_actors=9, tiles_per_batch=1)),
         (TrainConfig(), TrainConfig(checkpoint_every_steps=1, keep_checkpoints=9, max_failures=0)),
         (EmbedConfig(), EmbedConfig(num_actors=5, gpus_per_actor=0.5, tiles_per_batch=1)),
+        (StoreConfig(), StoreConfig(root="s3://a", endpoint="http://h", region="r", profile="p")),
         (ResourcesConfig(), ResourcesConfig(num_workers=7, cpus_per_worker=3, use_gpu=True)),
     ],
     ids=lambda pair: type(pair[0]).__name__,

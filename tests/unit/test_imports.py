@@ -14,7 +14,8 @@ import urbanclip_ray
 
 PACKAGE = Path(urbanclip_ray.__file__).parent
 ROOT = PACKAGE.parent
-LIGHT = ["", ".errors", ".config", ".overrides", ".recipes", ".schema", ".storage", ".command_line", ".imagery", ".sources"]
+LIGHT = ["", ".errors", ".config", ".overrides", ".recipes", ".schema", ".object_storage", ".filesystems", ".storage"]
+LIGHT += [".command_line", ".imagery", ".sources"]
 HEAVY = ("torch", "ray", "deepspeed", "open_clip", "transformers")
 USES_RAY = {
     "urbanclip_ray.dataflow",
@@ -109,7 +110,7 @@ def test_packages_keep_to_their_side(package, others):
 
 
 def test_nothing_below_reaches_up():
-    order = ["errors", "schema", "config", "storage"]
+    order = ["errors", "schema", "config", "object_storage", "filesystems", "storage"]
     for place, lower in enumerate(order):
         allowed = order[:place]
         for item in ALL:
