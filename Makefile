@@ -3,13 +3,15 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+S3_PORT ?= 7480
 
-.PHONY: help venv demo test test-all lint cluster cluster-stop verify-gpu clean
+.PHONY: help venv demo test test-all lint cluster cluster-stop s3 s3-stop verify-gpu clean
 
 help:
 	@echo "make demo      install, then run the whole walk on real imagery; writes runs/demo/report/report.html"
 	@echo "make test      install, then run the tests (without those marked slow)"
-	@echo "make test-all  every test"
+	@echo "make test-all  every test; installs an S3 server (Ceph's gateway) for them where there is none"
+	@echo "make s3        start an S3 server on this machine and say how to use it; make s3-stop ends it"
 	@echo "make lint      formatting, lint and strict types"
 	@echo "make cluster   an autoscaling Ray cluster on this machine to submit jobs to; make cluster-stop ends it"
 	@echo "make venv      install only"
@@ -31,7 +33,15 @@ test: $(STAMP) lint
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: $(STAMP) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python tests/s3_server.py install
+	URBANCLIP_RAY_NEEDS_S3=1 $(BIN)/python -m pytest
+
+s3: $(STAMP)
+	@$(BIN)/python tests/s3_server.py install
+	@$(BIN)/python tests/s3_server.py start --port $(S3_PORT)
+
+s3-stop: $(STAMP)
+	@$(BIN)/python tests/s3_server.py stop
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,13 +1,15 @@
-"""What several tests share: one private Ray, and small vision-language models, for the whole session."""
+"""What several tests share: one private Ray, one private S3 server and small vision-language models, for the whole session."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
+from s3_server import S3Server, missing_programs
 
 
 def pytest_configure() -> None:
@@ -29,3 +31,20 @@ def vision_language_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
     folder = tmp_path_factory.mktemp("models")
     return {"blip": make_blip(folder / "blip"), "qwen2_vl": make_qwen2_vl(folder / "qwen2_vl")}
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A real S3 server. Where it is not installed the test is skipped, but `make test-all` has installed it."""
+    if missing := missing_programs():
+        message = f"no S3 server here ({', '.join(missing)} missing): `make test-all` installs it where it can"
+        if os.environ.get("URBANCLIP_RAY_NEEDS_S3"):
+            pytest.fail(message)
+        pytest.skip(message)
+    with tempfile.TemporaryDirectory(prefix="urbanclip_ray_s3_") as folder:
+        server = S3Server(Path(folder) / "server")
+        try:
+            server.start()
+            yield server
+        finally:
+            server.stop()

@@ -8,6 +8,7 @@ with :func:`execution`; every other field says *what* is made and takes part in 
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -44,6 +45,52 @@ class Section(BaseModel):
             if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("execution")
         }
         return self.model_dump(mode="json", exclude=skip)
+
+
+class StoreConfig(Section):
+    """How the object storage below one root is reached. What is empty comes from the AWS variables and config files.
+
+    A store names who asks (a profile of the AWS config files, or environment variables, on every node); it holds no secret.
+    """
+
+    root: str = execution("s3://")  # s3://bucket/prefix; of several that hold a URI the longest wins
+    endpoint: str = execution("")  # http://host:port of a server that is not AWS's
+    region: str = execution("")
+    anonymous: bool = execution(False)  # for public buckets
+    profile: str = execution("")
+    key_id_variable: str = execution("")  # names of environment variables
+    secret_variable: str = execution("")
+
+    @field_validator("root")
+    @classmethod
+    def _is_s3(cls, value: str) -> str:
+        if not value.startswith("s3://"):
+            raise ValueError(f"a store's root is s3://, s3://bucket or s3://bucket/prefix, not {value}")
+        return value
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_endpoint(cls, value: str) -> str:
+        if value and not re.fullmatch(r"https?://[^/@?#\s]+/?", value):
+            raise ValueError("write it as http://host:port or https://host, without keys and paths")
+        return value.rstrip("/")
+
+    @field_validator("key_id_variable", "secret_variable")
+    @classmethod
+    def _is_variable(cls, value: str) -> str:
+        if value and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", value):
+            raise ValueError(
+                "name an environment variable (capitals, digits and _); the key or secret itself has no place here"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if bool(self.key_id_variable) != bool(self.secret_variable):
+            raise ValueError("key_id_variable and secret_variable belong together: give both or neither")
+        if sum(map(bool, (self.anonymous, self.profile, self.key_id_variable))) > 1:
+            raise ValueError("give one of anonymous, profile, and key_id_variable with secret_variable")
+        return self
 
 
 class FolderSource(Section):
@@ -398,6 +445,7 @@ class RunConfig(Section):
 
     run: str = "run"
     storage: str = "runs"  # a local path or s3://bucket/prefix
+    stores: tuple[StoreConfig, ...] = execution(())  # for object storage that the AWS variables alone do not describe
     source: SourceConfig = FolderSource()
     ingest: IngestConfig = IngestConfig()
     pixels: PixelsConfig = PixelsConfig()
@@ -417,6 +465,14 @@ class RunConfig(Section):
     def _safe_run(cls, value: str) -> str:
         if not is_safe_name(value):
             raise ValueError("a run's name is a folder's name: letters, digits, '.', '_' and '-', not starting with '.'")
+        return value
+
+    @field_validator("stores")
+    @classmethod
+    def _one_store_a_root(cls, value: tuple[StoreConfig, ...]) -> tuple[StoreConfig, ...]:
+        roots = [store.root.rstrip("/") for store in value]
+        if repeated := [root for root in roots if roots.count(root) > 1]:
+            raise ValueError(f"two stores have the root {repeated[0]}: keep one")
         return value
 
     @model_validator(mode="after")

@@ -15,7 +15,9 @@ import ray.data
 from ray.data.block import Block, BlockAccessor
 from ray.data.datasource.datasink import TaskContext
 
+from urbanclip_ray.config import ConfigError
 from urbanclip_ray.errors import UserError
+from urbanclip_ray.filesystems import STORES_VARIABLE, stores_environment
 from urbanclip_ray.storage import Dataset, Publication, explain_os_error, join, resolve
 
 ACCESS_FIX = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file that holds the cluster's token"
@@ -28,9 +30,12 @@ class ClusterError(UserError, RuntimeError):
 def connect() -> None:
     """Join the cluster of `RAY_ADDRESS` (set inside a submitted job), else start a Ray of our own on this machine.
 
-    A Ray that happens to run on this machine is left alone unless the address says so. Raises :class:`ClusterError`.
+    A Ray that happens to run on this machine is left alone unless the address says so. Raises :class:`ClusterError`, and
+    ConfigError where this process joined a Ray that knows other `stores`.
     """
-    if not ray.is_initialized():
+    if ray.is_initialized():
+        _refuse_other_stores()
+    else:
         _join(os.environ.get("RAY_ADDRESS") or "local")
     if not sys.stderr.isatty():
         logging.getLogger("ray.data").setLevel(logging.WARNING)  # bars are for terminals, a log wants no frames
@@ -40,8 +45,10 @@ def connect() -> None:
 
 
 def _join(address: str) -> None:
+    settings = stores_environment()
+    environment = {"env_vars": settings} if settings else None  # without one, workers start quicker
     try:
-        ray.init(address=address)
+        ray.init(address=address, runtime_env=environment)
     except ray.exceptions.AuthenticationError as error:
         raise ClusterError(f"RAY_ADDRESS={address} asks for a token: {error.message}; {ACCESS_FIX}") from None
     except ConnectionError as error:
@@ -49,6 +56,15 @@ def _join(address: str) -> None:
             f"no Ray cluster can be joined at RAY_ADDRESS={address} ({error}): correct the address, or unset it to start a "
             f"Ray on this machine; where the cluster asks for a token, {ACCESS_FIX}"
         ) from None
+
+
+def _refuse_other_stores() -> None:
+    known = ray.get_runtime_context().runtime_env.get("env_vars", {})
+    if known.get(STORES_VARIABLE) != stores_environment().get(STORES_VARIABLE):
+        raise ConfigError(
+            "stores: this process joined Ray with other ones, and Ray's workers would not know these: call ray.shutdown() "
+            "before this run, or leave ray.init to it"
+        )
 
 
 def log_folder() -> str:

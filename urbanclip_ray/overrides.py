@@ -23,7 +23,8 @@ def build_config(tree: dict[str, Any]) -> RunConfig:
 def apply_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
     """A new config with `key=value` items such as `train.lr=1e-4` applied, in order.
 
-    Values are read as JSON where they are JSON (numbers, true, null, lists), `[a, b]` as a YAML list, else as text.
+    Values are read as JSON where they are JSON (numbers, true, null, lists), `[a, b]` as a YAML list, else as text:
+    `stores=[{root: s3://public, anonymous: true}]` is a list of one store.
     """
     tree = config.model_dump()
     for item in overrides:
@@ -78,4 +79,6 @@ def _explain(item: Any) -> str:
         return f"{key}.kind: {item['ctx']['tag']!r} is not one of {item['ctx']['expected_tags']}"
     if key == "config" or message.startswith((f"{key}.", f"{key}=")):  # a check of ours, which names its keys itself
         return message
+    if item["loc"][:1] == ("stores",):  # what was given may be a secret in the wrong place
+        return f"{key}: {message}"
     return f"{key}: {message} (got {item.get('input')!r})"

@@ -22,6 +22,7 @@ from urbanclip_ray.stages import SEARCH, STAGES, Run, Stage, check_search
 from urbanclip_ray.storage import (
     Dataset,
     MissingDatasetError,
+    check_access,
     dataset_uri,
     digest,
     exists,
@@ -47,6 +48,8 @@ def run_stages(config: RunConfig, only: Sequence[str] | None) -> Run:
     searches = only is not None and SEARCH.name in only
     if searches:
         check_search(run)
+    for uri in run.places:
+        check_access(uri)
     refuse_unfit_run(config, run, only)
     summary = Table(title=f"run {config.run}", title_justify="left")
     for name in ("stage", "", "in", "out", "rejected", "dataset"):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from urbanclip_ray.captioners.model_files import ModelReference, is_directory, resolve_model
 from urbanclip_ray.config import ConfigError, RunConfig, UrbanClipSource, WorldSource
+from urbanclip_ray.filesystems import use_stores
 from urbanclip_ray.sources import open_source
 from urbanclip_ray.storage import Dataset, Publication, absolute, exists, find_dataset, join, read_bytes
 
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """A config, its source, and the datasets found or made so far."""
+    """A config, its source, and the datasets found or made so far. The config's `stores` become this process's."""
 
     def __init__(self, config: RunConfig) -> None:
+        use_stores(config.stores)
         self.config = _with_absolute_paths(config)
         self.datasets: dict[str, Dataset] = {}
 
@@ -42,6 +44,12 @@ class Run:
     @property
     def uri(self) -> str:
         return join(self.config.storage, self.config.run)
+
+    @property
+    def places(self) -> list[str]:
+        """URIs that the run reads from and writes to."""
+        config = self.config
+        return [uri for uri in (config.storage, getattr(config.source, "uri", ""), config.embed.weights) if uri]
 
     @cached_property
     def given_weights(self) -> str:

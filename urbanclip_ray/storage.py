@@ -1,4 +1,4 @@
-"""URIs, files and datasets: local paths and `s3://` through the same code.
+"""Files and datasets: local paths and `s3://` through the same code.
 
 A dataset is a folder `<storage>/<run>/<stage>/<digest>` with Parquet files and a `manifest.json`. The manifest is written
 last, by one conditional write, and is what makes the dataset exist: files without it are leftovers that no reader sees.
@@ -14,7 +14,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pyarrow as pa
@@ -22,17 +22,17 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from urbanclip_ray.errors import UserError
+from urbanclip_ray.filesystems import absolute as absolute  # exported again: who works with files imports one module
+from urbanclip_ray.filesystems import check_access as check_access
+from urbanclip_ray.filesystems import find_store, is_s3
+from urbanclip_ray.filesystems import resolve as resolve
+from urbanclip_ray.object_storage import StorageError as StorageError
+from urbanclip_ray.object_storage import explain_s3_error, put_if_absent
 from urbanclip_ray.schema import FORMAT_VERSION
 
 MANIFEST = "manifest.json"
 READ_CHUNK_BYTES = 1 << 20
-S3_ATTEMPTS = 10  # the default of 3 loses transfers when a server restarts (6 s away)
 RECORDED_LIBRARIES = ("ray", "torch", "open_clip_torch", "deepspeed", "transformers", "pyarrow", "numpy", "scikit-learn")
-
-
-class StorageError(UserError, RuntimeError):
-    """Storage that cannot do what was asked; the message names the URI and the fix."""
 
 
 class MissingDatasetError(StorageError):
@@ -64,36 +64,6 @@ class Manifest(BaseModel):
     libraries: dict[str, str]
 
 
-def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The filesystem and path of a URI. Anything without a scheme is a local path.
-
-    S3 takes its endpoint, region and keys from the AWS environment variables and retries for as long as a restart takes.
-    """
-    if uri.startswith("s3://"):
-        return _s3_filesystem(), uri.removeprefix("s3://").rstrip("/")
-    if uri.startswith("file://"):
-        return pafs.LocalFileSystem(), uri.removeprefix("file://")
-    if "://" in uri:
-        raise StorageError(f"{uri}: only local paths and s3:// are supported")
-    return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
-
-
-def _s3_filesystem() -> pafs.S3FileSystem:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    options: dict[str, Any] = {"retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS)}
-    if endpoint:
-        scheme, _, host = endpoint.partition("://")
-        options |= {"endpoint_override": host, "scheme": scheme}
-    if region := os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"):
-        options["region"] = region
-    return pafs.S3FileSystem(**options)
-
-
-def absolute(uri: str) -> str:
-    """The same place for every process of this machine: workers have working directories of their own."""
-    return uri if not uri or "://" in uri else os.path.abspath(os.path.expanduser(uri))
-
-
 def join(uri: str, *parts: str) -> str:
     """A URI below another. Parts are names that we made; they must not climb out."""
     for part in parts:
@@ -104,7 +74,7 @@ def join(uri: str, *parts: str) -> str:
 
 def read_bytes(uri: str) -> bytes:
     filesystem, path = resolve(uri)
-    with filesystem.open_input_stream(path) as stream:
+    with _explained(uri), filesystem.open_input_stream(path) as stream:
         data: bytes = stream.read()
         return data
 
@@ -112,7 +82,7 @@ def read_bytes(uri: str) -> bytes:
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a small file whole: on a local disk by rename, on S3 by a single PUT, so no reader sees half of it."""
     filesystem, path = resolve(uri)
-    try:
+    with _explained(uri):
         if isinstance(filesystem, pafs.LocalFileSystem):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with _written_beside(path, data) as temporary:
@@ -120,6 +90,15 @@ def write_bytes(uri: str, data: bytes) -> None:
         else:
             with filesystem.open_output_stream(path) as stream:
                 stream.write(data)
+
+
+@contextmanager
+def _explained(uri: str) -> Iterator[None]:
+    """Errors inside are raised as :func:`explain_os_error` has them; what is missing stays FileNotFoundError."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
     except OSError as error:
         raise explain_os_error(error, uri) from error
 
@@ -141,22 +120,25 @@ def _written_beside(path: str, data: bytes) -> Iterator[str]:
 
 def exists(uri: str) -> bool:
     filesystem, path = resolve(uri)
-    return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
+    with _explained(uri):
+        return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
 
 
 def list_files(uri: str, recursive: bool = True) -> list[pafs.FileInfo]:
     """Files below a URI in the order of their paths; raises when the folder is not there."""
     filesystem, path = resolve(uri)
-    if filesystem.get_file_info(path).type == pafs.FileType.NotFound:
-        raise StorageError(f"{uri}: no such folder; check the path")
-    found = filesystem.get_file_info(pafs.FileSelector(path, recursive=recursive))
+    with _explained(uri):
+        if filesystem.get_file_info(path).type == pafs.FileType.NotFound:
+            raise StorageError(f"{uri}: no such folder; check the path")
+        found = filesystem.get_file_info(pafs.FileSelector(path, recursive=recursive))
     return sorted((info for info in found if info.is_file), key=lambda info: str(info.path))
 
 
 def delete_folder(uri: str) -> None:
     filesystem, path = resolve(uri)
-    if filesystem.get_file_info(path).type == pafs.FileType.Directory:
-        filesystem.delete_dir(path)
+    with _explained(uri):
+        if filesystem.get_file_info(path).type == pafs.FileType.Directory:
+            filesystem.delete_dir(path)
 
 
 def digest(value: Any) -> str:
@@ -164,8 +146,10 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def explain_os_error(error: OSError, uri: str) -> OSError:
-    """The same error with the place and the fix in its message, where we know one."""
+def explain_os_error(error: OSError, uri: str) -> Exception:
+    """The same error with the place and the fix in its message, where we know one; a StorageError for object storage."""
+    if is_s3(uri):
+        return explain_s3_error(error, uri, find_store(uri))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         fix = "the disk is full: free space or set --storage to another place, then run the same command again"
     elif error.errno in (errno.EACCES, errno.EROFS):
@@ -201,7 +185,8 @@ class Dataset:
     def read(self, columns: list[str] | None = None, filters: Any = None) -> pa.Table:
         """The rows as one table in memory: for datasets without pixels, or a few rows by `filters`."""
         filesystem, _ = resolve(self.uri)
-        return pq.read_table(self.parquet_paths(), columns=columns, filters=filters, filesystem=filesystem)
+        with _explained(self.uri):
+            return pq.read_table(self.parquet_paths(), columns=columns, filters=filters, filesystem=filesystem)
 
 
 def open_dataset(uri: str) -> Dataset:
@@ -242,10 +227,8 @@ class Publication:
         self.rejects: dict[str, int] = {}
         self.facts: dict[str, Any] = {}
         filesystem, path = resolve(self.data_uri)
-        try:
+        with _explained(uri):
             filesystem.create_dir(path, recursive=True)
-        except OSError as error:
-            raise explain_os_error(error, uri) from error
 
     def count(self, *, unit: str, rows_in: int, rows_out: int, rejects: dict[str, int]) -> None:
         """Account for every row; what came in must be what went out plus the rejects."""
@@ -257,10 +240,8 @@ class Publication:
     def write_table(self, table: pa.Table, name: str = "part-00000.parquet") -> None:
         """Write one table that fits in memory."""
         filesystem, path = resolve(join(self.data_uri, name))
-        try:
+        with _explained(self.uri):
             pq.write_table(table, path, filesystem=filesystem)
-        except OSError as error:
-            raise explain_os_error(error, self.uri) from error
 
     def write_file(self, name: str, data: bytes) -> None:
         write_bytes(join(self.data_uri, name), data)
@@ -269,7 +250,8 @@ class Publication:
         """Columns of the Parquet files written so far, for counting."""
         filesystem, _ = resolve(self.uri)
         paths = [str(info.path) for info in list_files(self.data_uri) if str(info.path).endswith(".parquet")]
-        return pq.read_table(paths, columns=columns, filesystem=filesystem)
+        with _explained(self.uri):
+            return pq.read_table(paths, columns=columns, filesystem=filesystem)
 
     def entries(self) -> tuple[FileEntry, ...]:
         """Every file of this attempt with its size and checksum, read back from storage."""
@@ -277,7 +259,7 @@ class Publication:
         entries = []
         for info in list_files(self.data_uri):
             hasher = hashlib.sha256()
-            with filesystem.open_input_stream(info.path) as stream:
+            with _explained(self.uri), filesystem.open_input_stream(info.path) as stream:
                 while chunk := stream.read(READ_CHUNK_BYTES):
                     hasher.update(chunk)
             relative = str(info.path).removeprefix(root).lstrip("/")
@@ -309,12 +291,17 @@ def publish(uri: str, stage: str, config: dict[str, Any], parents: dict[str, Dat
         )
         if not _create_exclusively(join(uri, MANIFEST), manifest.model_dump_json(indent=1).encode()):
             delete_folder(publication.data_uri)
-    except OSError as error:
-        delete_folder(publication.data_uri)
-        raise explain_os_error(error, uri) from error
-    except BaseException:
-        delete_folder(publication.data_uri)
+    except BaseException as error:
+        _discard(publication)
+        if isinstance(error, OSError):
+            raise explain_os_error(error, uri) from error
         raise
+
+
+def _discard(publication: Publication) -> None:
+    """Remove an attempt's files; storage that fails there too must not hide why the attempt failed."""
+    with suppress(OSError, StorageError):
+        delete_folder(publication.data_uri)
 
 
 def _create_exclusively(uri: str, data: bytes) -> bool:
@@ -327,23 +314,8 @@ def _create_exclusively(uri: str, data: bytes) -> bool:
             except FileExistsError:
                 return False
         return True
-    return _put_if_absent(path, data)
-
-
-def _put_if_absent(path: str, data: bytes) -> bool:
-    """One PUT with `If-None-Match: *`, which pyarrow does not offer: botocore, which s3fs brings, does."""
-    import botocore.exceptions
-    import botocore.session
-
-    bucket, _, key = path.partition("/")
-    client = botocore.session.get_session().create_client("s3")
-    try:
-        client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
-    except botocore.exceptions.ClientError as error:
-        if error.response.get("Error", {}).get("Code") in ("PreconditionFailed", "ConditionalRequestConflict"):
-            return read_bytes(f"s3://{path}") == data  # ours after all where a retry met its own first attempt
-        raise StorageError(f"s3://{path}: {error}") from error
-    return True
+    # not the first: ours all the same where a retry met its own first attempt
+    return put_if_absent(uri, data, find_store(uri)) or read_bytes(uri) == data
 
 
 def dataset_uri(storage: str, run: str, stage: str, config: dict[str, Any], parents: dict[str, Dataset]) -> str:

@@ -37,7 +37,7 @@ def write_city(folder: Path, num_columns: int = NUM_COLUMNS, num_rows: int = NUM
     return folder
 
 
-def city_options(folder: Path, storage: Path) -> list[str]:
+def city_options(folder: Path | str, storage: Path | str) -> list[str]:
     options = [f"source.uri={folder}", "source.metadata=tiles.csv"]
     return ["--recipe", "tiny_test", "--storage", str(storage), *(part for item in options for part in ("--set", item))]
 

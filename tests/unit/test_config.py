@@ -16,6 +16,7 @@ from urbanclip_ray.config import (
     ResourcesConfig,
     RsicdSource,
     RunConfig,
+    StoreConfig,
     TrainConfig,
     WorldSource,
 )
@@ -195,6 +196,7 @@ def test_configs_are_frozen_and_unknown_fields_are_refused_on_construction():
             CaptionConfig(captioner="transformers", model="b", gpus_per_actor=1, device_map="auto", max_actor_restarts=0),
         ),
         (EmbedConfig(), EmbedConfig(num_actors=5, gpus_per_actor=0.5, tiles_per_batch=1)),
+        (StoreConfig(), StoreConfig(root="s3://a", endpoint="http://h", region="r", profile="p")),
         (ResourcesConfig(), ResourcesConfig(num_workers=7, cpus_per_worker=3, use_gpu=True)),
     ],
     ids=lambda pair: type(pair[0]).__name__,

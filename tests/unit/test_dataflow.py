@@ -10,6 +10,8 @@ import pytest
 import ray.data
 
 from urbanclip_ray import dataflow
+from urbanclip_ray.config import ConfigError, StoreConfig
+from urbanclip_ray.filesystems import STORES_VARIABLE, use_stores
 from urbanclip_ray.storage import open_dataset, publish
 
 SCHEMA = pa.schema([pa.field("a", pa.int32()), pa.field("b", pa.string())])
@@ -60,3 +62,12 @@ def test_connecting_twice_stays_in_the_same_ray(ray_cluster):
     dataflow.connect()
     assert ray.get_runtime_context().get_node_id() == before
     assert ray.data.DataContext.get_current().execution_options.preserve_order
+
+
+def test_stores_that_the_workers_would_not_know_are_refused(ray_cluster, monkeypatch):
+    monkeypatch.setenv(STORES_VARIABLE, "[]")  # what use_stores sets is undone
+    use_stores([StoreConfig(anonymous=True)])
+    with pytest.raises(ConfigError, match=r"joined Ray with other ones.*call ray\.shutdown\(\) before this run"):
+        dataflow.connect()
+    use_stores([])
+    dataflow.connect()

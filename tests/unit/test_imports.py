@@ -16,7 +16,7 @@ PACKAGE = Path(urbanclip_ray.__file__).parent
 ROOT = PACKAGE.parent
 LIGHT = [
     *("", ".errors", ".remote_errors", ".config", ".overrides", ".recipes", ".schema", ".storage", ".command_line"),
-    *(".imagery", ".sources", ".stages", ".plan", ".search_space", ".geo.baidu"),
+    *(".object_storage", ".filesystems", ".imagery", ".sources", ".stages", ".plan", ".search_space", ".geo.baidu"),
     *(".captioners.model_files", ".captioners.store", ".captioners.vision_language"),
 ]
 HEAVY = ("torch", "ray", "deepspeed", "open_clip", "transformers")
@@ -120,7 +120,7 @@ def test_packages_keep_to_their_side(package, others):
 
 
 def test_nothing_below_reaches_up():
-    order = ["errors", "schema", "config", "storage"]
+    order = ["errors", "schema", "config", "object_storage", "filesystems", "storage"]
     for place, lower in enumerate(order):
         allowed = order[:place]
         for item in ALL:

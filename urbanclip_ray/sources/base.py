@@ -63,9 +63,9 @@ class Folder:
     def __reduce__(self) -> tuple[type[Folder], tuple[str]]:
         return Folder, (self.uri,)
 
-    @cached_property
+    @property
     def _place(self) -> tuple[pafs.FileSystem, str]:
-        return storage.resolve(self.uri)  # once per worker and task: on S3 it holds the connections
+        return storage.resolve(self.uri)
 
     @property
     def name(self) -> str:

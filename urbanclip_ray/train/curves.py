@@ -58,5 +58,9 @@ class Curves:
             filesystem, path = resolve(self._uri)
             filesystem.create_dir(path, recursive=True)
             pafs.copy_files(
-                self._folder.name, path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=filesystem
+                self._folder.name,
+                path,
+                source_filesystem=pafs.LocalFileSystem(),
+                destination_filesystem=filesystem,
+                use_threads=False,  # uploads from several threads can wait for each other for ever (arrow #32372)
             )

@@ -61,11 +61,12 @@ class ShardReader:
     """Rows of one part of packed shards, by place. Keeps the files that the shuffle window needs in memory."""
 
     def __init__(self, shards: Dataset, part: str, window: int) -> None:
-        self._filesystem, _ = resolve(shards.uri)
+        self._uri = shards.uri
+        filesystem, _ = resolve(self._uri)
         self._files: list[tuple[str, np.ndarray]] = []  # path, indices of the part's rows in it
         first_ids = []
         for path in shards.parquet_paths():
-            table = pq.read_table(path, columns=["row_id", "part"], filesystem=self._filesystem)
+            table = pq.read_table(path, columns=["row_id", "part"], filesystem=filesystem)
             inside = np.flatnonzero(table["part"].to_numpy() == part)
             if len(inside):
                 self._files.append((path, inside))
@@ -90,7 +91,8 @@ class ShardReader:
         if file in self._open:
             self._open.move_to_end(file)
         else:
-            self._open[file] = pq.read_table(self._files[file][0], filesystem=self._filesystem)
+            filesystem, _ = resolve(self._uri)  # now: keys that end within the hour are renewed there
+            self._open[file] = pq.read_table(self._files[file][0], filesystem=filesystem)
             while len(self._open) > self._max_open:
                 self._open.popitem(last=False)
         return self._open[file]
