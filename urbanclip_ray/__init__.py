@@ -9,7 +9,7 @@ import importlib
 from typing import Any
 
 _PLACES = {
-    "RunConfig": "config",
+    "RunConfig": "config.run",
     "apply_overrides": "overrides",
     "build_config": "overrides",
     "load_recipe": "recipes",

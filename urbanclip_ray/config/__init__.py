@@ -1,0 +1,56 @@
+"""One tree of frozen, validated configs for every stage of the walk.
+
+A run is described by one :class:`RunConfig`. Unknown keys and bad values fail when the config is built, and the error
+names the key and the fix. Fields that only say *how* the work is done (number of workers, batching of actors) are marked
+with :func:`execution`; every other field says *what* is made and takes part in the digest of what it makes.
+"""
+
+from __future__ import annotations
+
+from urbanclip_ray.config.data import (
+    CaptionConfig,
+    DecodingConfig,
+    IngestConfig,
+    PackConfig,
+    PixelsConfig,
+    RefineConfig,
+    SplitConfig,
+    SplitKind,
+)
+from urbanclip_ray.config.evaluation import EmbedConfig, Method, ProbeConfig
+from urbanclip_ray.config.run import RunConfig
+from urbanclip_ray.config.search import Domain, TuneConfig
+from urbanclip_ray.config.section import ConfigError, Section
+from urbanclip_ray.config.sources import SOURCE_KINDS, FolderSource, RsicdSource, SourceConfig, UrbanClipSource, WorldSource
+from urbanclip_ray.config.stores import StoreConfig
+from urbanclip_ray.config.training import AugmentConfig, ModelConfig, ResourcesConfig, TrainConfig
+
+__all__ = [
+    "SOURCE_KINDS",
+    "AugmentConfig",
+    "CaptionConfig",
+    "ConfigError",
+    "DecodingConfig",
+    "Domain",
+    "EmbedConfig",
+    "FolderSource",
+    "IngestConfig",
+    "Method",
+    "ModelConfig",
+    "PackConfig",
+    "PixelsConfig",
+    "ProbeConfig",
+    "RefineConfig",
+    "ResourcesConfig",
+    "RsicdSource",
+    "RunConfig",
+    "Section",
+    "SourceConfig",
+    "SplitConfig",
+    "SplitKind",
+    "StoreConfig",
+    "TrainConfig",
+    "TuneConfig",
+    "UrbanClipSource",
+    "WorldSource",
+]

@@ -1,0 +1,128 @@
+"""From tiles to training rows: ingest, captions, refinement, splits, packing."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from urbanclip_ray.config.section import Section, execution
+
+SplitKind = Literal["source", "random", "blocks", "group"]
+
+
+class IngestConfig(Section):
+    """What a tile must be to count as readable."""
+
+    min_side_px: int = Field(default=8, ge=1)
+    max_pixels: int = Field(default=64_000_000, ge=64)  # larger ones are refused before they are decoded
+    max_error_share: float = Field(default=0.05, ge=0, le=1)
+    tiles_per_batch: int = execution(64, ge=1)
+
+
+class PixelsConfig(Section):
+    """What is cut off every tile before a model or a captioner sees it, in pixels of the source image."""
+
+    crop_left_px: int = Field(default=0, ge=0)
+    crop_top_px: int = Field(default=0, ge=0)
+    crop_right_px: int = Field(default=0, ge=0)
+    crop_bottom_px: int = Field(default=0, ge=0)
+
+
+class DecodingConfig(Section):
+    """How a captioning model picks its words."""
+
+    max_new_tokens: int = Field(default=128, ge=1)
+    num_beams: int = Field(default=1, ge=1)
+    temperature: float = Field(default=0.0, ge=0)  # 0: always the likeliest words, so top_p and seed mean nothing
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    num_samples: int = Field(default=1, ge=1)  # descriptions of one tile
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"caption.decoding.num_samples={self.num_samples} with temperature 0 would repeat one description: "
+                "set caption.decoding.temperature above 0, or caption.decoding.num_samples=1"
+            )
+        return self
+
+
+class CaptionConfig(Section):
+    """Who describes the tiles.
+
+    `given`: the source itself; `land_cover`: the rule-based baseline; `transformers`: an image-text-to-text model of the
+    transformers library. The keys from `model` to `device_map` are of the last alone.
+    """
+
+    captioner: Literal["given", "land_cover", "transformers"] = "land_cover"
+    max_error_share: float = Field(default=0.05, ge=0, le=1)
+    # A model id of the Hugging Face hub with a revision, or a directory (a path or a URI), whose revision is its content.
+    # What they stand for takes part in digests, not where it lies.
+    model: str = execution("")
+    revision: str = execution("")  # of a hub model: a commit, tag or branch
+    # Models without a chat template take it as it stands: BLIP continues it, and is often best with none.
+    prompt: str = "Describe the land use, buildings, roads, water and green areas of this satellite image in a few sentences."
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: what the weights were saved in
+    decoding: DecodingConfig = DecodingConfig()
+    device_map: str = execution("")  # empty: the whole model on the actor's one device; auto spreads it (needs accelerate)
+    gpus_per_actor: float = execution(0.0, ge=0)
+    max_actor_restarts: int = execution(3, ge=0)
+    cache_folder: str = execution("~/.cache/urbanclip_ray")  # of every node, for directories that are URIs
+    tiles_per_batch: int = execution(64, ge=1)
+    num_actors: int = execution(2, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.captioner == "transformers" and not self.model:
+            raise ValueError(
+                "caption.captioner=transformers needs caption.model: a directory of a model, or a model id of the "
+                "Hugging Face hub with caption.revision"
+            )
+        return self
+
+    def content(self) -> dict[str, Any]:
+        content = super().content()
+        if self.captioner == "transformers":
+            return content
+        return {name: content[name] for name in ("captioner", "max_error_share")}
+
+
+class RefineConfig(Section):
+    """Which sentences are kept."""
+
+    min_words: int = Field(default=3, ge=1)
+    max_words: int = Field(default=60, ge=1)
+    repeats: Literal["reject", "keep"] = "reject"  # a sentence that its tile already has
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_words > self.max_words:
+            raise ValueError("refine.min_words is above refine.max_words: lower one or raise the other")
+        return self
+
+
+class SplitConfig(Section):
+    """The outer test set, and the draws of train and validation inside it."""
+
+    outer: SplitKind = "blocks"
+    also: tuple[SplitKind, ...] = ()  # further splits for the probe; with the same weights they are transductive
+    seed: int = 0
+    num_draws: int = Field(default=10, ge=1)
+    test_share: float = Field(default=0.2, gt=0, lt=1)
+    val_share: float = Field(default=0.2, gt=0, lt=1)  # of all tiles, as the paper's 6:2:2
+    block_km: float = Field(default=5.0, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.test_share + self.val_share >= 1:
+            raise ValueError("split.test_share + split.val_share leave nothing to train on: make their sum below 1")
+        return self
+
+
+class PackConfig(Section):
+    """How training rows are laid into files."""
+
+    seed: int = 0
+    rows_per_file: int = Field(default=1024, ge=1)

@@ -1,0 +1,84 @@
+"""The whole of a run."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import field_validator, model_validator
+
+from urbanclip_ray.config.data import CaptionConfig, IngestConfig, PackConfig, PixelsConfig, RefineConfig, SplitConfig
+from urbanclip_ray.config.evaluation import EmbedConfig, ProbeConfig
+from urbanclip_ray.config.search import TuneConfig, check_searched
+from urbanclip_ray.config.section import Section, execution
+from urbanclip_ray.config.sources import FolderSource, SourceConfig
+from urbanclip_ray.config.stores import StoreConfig
+from urbanclip_ray.config.training import ModelConfig, ResourcesConfig, TrainConfig
+from urbanclip_ray.schema import is_safe_name
+
+
+class RunConfig(Section):
+    """A whole run: where it is stored and what every stage does."""
+
+    run: str = "run"
+    storage: str = "runs"  # a local path or s3://bucket/prefix
+    stores: tuple[StoreConfig, ...] = execution(())  # for object storage that the AWS variables alone do not describe
+    source: SourceConfig = FolderSource()
+    ingest: IngestConfig = IngestConfig()
+    pixels: PixelsConfig = PixelsConfig()
+    caption: CaptionConfig = CaptionConfig()
+    refine: RefineConfig = RefineConfig()
+    split: SplitConfig = SplitConfig()
+    pack: PackConfig = PackConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    embed: EmbedConfig = EmbedConfig()
+    probe: ProbeConfig = ProbeConfig()
+    tune: TuneConfig = TuneConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @field_validator("run")
+    @classmethod
+    def _safe_run(cls, value: str) -> str:
+        if not is_safe_name(value):
+            raise ValueError("a run's name is a folder's name: letters, digits, '.', '_' and '-', not starting with '.'")
+        return value
+
+    @field_validator("stores")
+    @classmethod
+    def _one_store_a_root(cls, value: tuple[StoreConfig, ...]) -> tuple[StoreConfig, ...]:
+        roots = [store.root.rstrip("/") for store in value]
+        if repeated := [root for root in roots if roots.count(root) > 1]:
+            raise ValueError(f"two stores have the root {repeated[0]}: keep one")
+        return value
+
+    @model_validator(mode="after")
+    def _check_batches(self) -> Self:
+        held = self.train.micro_batch_size * self.resources.num_workers
+        wanted = self.train.contrastive_batch_size
+        if wanted > held:
+            raise ValueError(
+                f"train.contrastive_batch_size={wanted} is above train.micro_batch_size x resources.num_workers = "
+                f"{self.train.micro_batch_size} x {self.resources.num_workers} = {held}: contrastive batches that do not "
+                "fit in one forward of all ranks are not supported yet; raise the micro batch or the number of workers, "
+                f"or set train.contrastive_batch_size={held}"
+            )
+        if wanted < held:
+            micro, left_over = divmod(wanted, self.resources.num_workers)
+            fixes = [f"train.contrastive_batch_size={held}"]
+            if micro and not left_over:
+                fixes.insert(0, f"train.micro_batch_size={micro}")
+            raise ValueError(
+                f"train.contrastive_batch_size={wanted} is below train.micro_batch_size x resources.num_workers = {held}: "
+                f"set {' or '.join(fixes)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_space(self) -> Self:
+        for key, domain in self.tune.space.items():
+            check_searched(self, key, domain)
+        return self
+
+    def pretrain_content(self) -> dict[str, Any]:
+        """What decides the weights, beside the shards."""
+        return {name: getattr(self, name).content() for name in ("model", "train", "pixels")}

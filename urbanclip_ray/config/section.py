@@ -1,0 +1,36 @@
+"""What every section of a config is: immutable, keyword-only, without unknown keys."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from urbanclip_ray.errors import UserError
+
+T = TypeVar("T")
+
+
+class ConfigError(UserError, ValueError):
+    """A config that cannot be built; the message names the key and the fix."""
+
+
+def execution(default: T, ge: float | None = None) -> T:
+    """A field that says how or where a result is made, not what it is, so it is left out of digests; `ge` bounds it."""
+    field: T = Field(default=default, ge=ge, json_schema_extra={"execution": True})
+    return field
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, keyword-only, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
+
+    def content(self) -> dict[str, Any]:
+        """The fields that decide what is made, as JSON-ready values; :func:`execution` fields are left out."""
+        skip = {
+            name
+            for name, field in type(self).model_fields.items()
+            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("execution")
+        }
+        return self.model_dump(mode="json", exclude=skip)

@@ -1,0 +1,68 @@
+"""What a user points a run at."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from urbanclip_ray.config.section import Section, execution
+from urbanclip_ray.schema import is_safe_name
+
+
+class FolderSource(Section):
+    """A folder of JPEG, PNG, WebP or TIFF tiles; the sub-folder is the region; an optional CSV lies beside it."""
+
+    kind: Literal["folder"] = "folder"
+    uri: str = execution("")  # what lies there is fingerprinted; where it lies does not change it
+    metadata: str = execution("")  # CSV: a path inside `uri`, or an absolute path or URI; one row per file
+    file_column: str = "file"
+    lon_column: str = ""  # empty: the first of lon, lng, long, longitude that the CSV has
+    lat_column: str = ""  # empty: lat or latitude
+    group_column: str = "group"
+    caption_column: str = "caption"
+    indicators: tuple[str, ...] = ()  # empty: every other column that holds numbers
+
+
+class RsicdSource(Section):
+    """RSICD (Lu et al. 2017): `captions.json`, a list of {image, captions, split, land_use}, and its images."""
+
+    kind: Literal["rsicd"] = "rsicd"
+    uri: str = execution("")
+    captions_file: str = "captions.json"
+
+
+class WorldSource(Section):
+    """The world demo: land tiles of NASA's Blue Marble with the population of their cities (GeoNames)."""
+
+    kind: Literal["world"] = "world"
+    tile_px: int = Field(default=54, ge=8, le=600)  # the map has 15 px a degree: 54 px are 3.6 degrees
+    stride_px: int = Field(default=54, ge=1, le=600)  # below tile_px neighbouring tiles overlap
+    min_land_share: float = Field(default=0.95, gt=0, le=1)
+    max_abs_lat: float = Field(default=60.0, gt=0, le=85)
+    max_tiles: int = Field(default=0, ge=0)  # 0: all; else as many, spread evenly over all
+
+
+class UrbanClipSource(Section):
+    """UrbanCLIP's released captions and labels (arXiv 2310.18340), with tiles that the user brings: it released none."""
+
+    kind: Literal["urbanclip"] = "urbanclip"
+    uri: str = execution("")  # folder of tiles: CITY/ZOOM_X_Y_s.jpg in Baidu's grid, as the release names them
+    release: str = execution("")  # folder of CITY_captions.json and CITY_labels.csv; empty: the folder of tiles
+    cities: tuple[str, ...] = ("Beijing",)
+
+    @field_validator("cities")
+    @classmethod
+    def _distinct_folders(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or len(set(value)) < len(value) or not all(map(is_safe_name, value)):
+            raise ValueError("name at least one city, each once, as its folder and files are named: [Beijing, Guangzhou]")
+        return value
+
+
+SOURCE_KINDS: dict[str, type[Section]] = {
+    "folder": FolderSource,
+    "rsicd": RsicdSource,
+    "world": WorldSource,
+    "urbanclip": UrbanClipSource,
+}
+SourceConfig = Annotated[FolderSource | RsicdSource | WorldSource | UrbanClipSource, Field(discriminator="kind")]

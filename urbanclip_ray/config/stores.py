@@ -1,0 +1,56 @@
+"""Object storage: how the servers behind `s3://` are reached."""
+
+from __future__ import annotations
+
+import re
+from typing import Self
+
+from pydantic import field_validator, model_validator
+
+from urbanclip_ray.config.section import Section, execution
+
+
+class StoreConfig(Section):
+    """How the object storage below one root is reached. What is empty comes from the AWS variables and config files.
+
+    A store names who asks (a profile of the AWS config files, or environment variables, on every node); it holds no secret.
+    """
+
+    root: str = execution("s3://")  # s3://bucket/prefix; of several that hold a URI the longest wins
+    endpoint: str = execution("")  # http://host:port of a server that is not AWS's
+    region: str = execution("")
+    anonymous: bool = execution(False)  # for public buckets
+    profile: str = execution("")
+    key_id_variable: str = execution("")  # names of environment variables
+    secret_variable: str = execution("")
+
+    @field_validator("root")
+    @classmethod
+    def _is_s3(cls, value: str) -> str:
+        if not value.startswith("s3://"):
+            raise ValueError(f"a store's root is s3://, s3://bucket or s3://bucket/prefix, not {value}")
+        return value
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_endpoint(cls, value: str) -> str:
+        if value and not re.fullmatch(r"https?://[^/@?#\s]+/?", value):
+            raise ValueError("write it as http://host:port or https://host, without keys and paths")
+        return value.rstrip("/")
+
+    @field_validator("key_id_variable", "secret_variable")
+    @classmethod
+    def _is_variable(cls, value: str) -> str:
+        if value and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", value):
+            raise ValueError(
+                "name an environment variable (capitals, digits and _); the key or secret itself has no place here"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if bool(self.key_id_variable) != bool(self.secret_variable):
+            raise ValueError("key_id_variable and secret_variable belong together: give both or neither")
+        if sum(map(bool, (self.anonymous, self.profile, self.key_id_variable))) > 1:
+            raise ValueError("give one of anonymous, profile, and key_id_variable with secret_variable")
+        return self

@@ -1,0 +1,97 @@
+"""The model, its pretraining, and what the work may use."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from urbanclip_ray.config.section import Section, execution
+
+
+class ModelConfig(Section):
+    """Which CoCa: one of ours (`urbanclip_ray.model.architectures`) or any open_clip model config with `coca` in it."""
+
+    architecture: str = "coca_tiny_96"
+    tokenizer: Literal["bpe", "open_clip"] = "bpe"  # bpe: trained on the training texts and saved with the weights
+    vocab_size: int = Field(default=2000, ge=300)  # of the bpe tokenizer
+    patch_dropout: float = Field(default=0.0, ge=0, lt=1)  # share of patches hidden in training (FLIP, CVPR 2023)
+    init_temperature: float = Field(default=0.07, gt=0)
+    seed: int = 0
+    # Weights to start from: an open_clip tag of the architecture, or a safetensors file (path or URI). Not part of the
+    # content here, because a path says nothing: the pretrain stage takes the tag and revision, or the file's digest.
+    pretrained: str = execution("")
+    pretrained_revision: str = execution("main")  # of the hub repository behind the tag: a commit, to be reproducible
+
+    @property
+    def pretrained_is_file(self) -> bool:
+        return "/" in self.pretrained or self.pretrained.endswith(".safetensors")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.pretrained and self.tokenizer != "open_clip":
+            raise ValueError(
+                "model.pretrained starts from weights of CLIP's vocabulary: set model.tokenizer=open_clip, or start from "
+                "random weights with an empty model.pretrained="
+            )
+        return self
+
+
+class AugmentConfig(Section):
+    """Random changes of a training image, a function of seed, epoch and row."""
+
+    min_area_share: float = Field(default=0.6, gt=0, le=1)  # of a random crop; 1 keeps the whole tile
+    flips: bool = True  # the eight flips and quarter turns; off where captions speak of directions
+    brightness: float = Field(default=0.0, ge=0, lt=1)
+
+
+class TrainConfig(Section):
+    """Pretraining. Three batch sizes, in rows: per rank and forward, of one contrastive matrix, per optimizer step."""
+
+    epochs: int = Field(default=10, ge=1)
+    micro_batch_size: int = Field(default=128, ge=1)
+    contrastive_batch_size: int = Field(default=256, ge=2)
+    global_batch_size: int = Field(default=256, ge=2)
+    lr: float = Field(default=1e-3, gt=0)
+    warmup_share: float = Field(default=0.1, ge=0, lt=1)  # of all steps; then cosine to zero
+    weight_decay: float = Field(default=0.1, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.98, ge=0, lt=1)
+    eps: float = Field(default=1e-6, gt=0)
+    clip_norm: float = Field(default=1.0, gt=0)
+    contrastive_weight: float = Field(default=1.0, ge=0)
+    caption_weight: float = Field(default=1.0, ge=0)
+    max_logit_scale: float = Field(default=100.0, gt=1)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    text_mode: Literal["sentence", "paragraph"] = "sentence"
+    augment: AugmentConfig = AugmentConfig()
+    shuffle_window_rows: int = Field(default=8192, ge=1)
+    validations: int = Field(default=5, ge=1)  # evenly over the run, the last one at its end
+    max_validation_rows: int = Field(default=2048, ge=1)
+    seed: int = 0
+    # what the ranks share out: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights too
+    zero_stage: Literal[0, 1, 2, 3] = execution(1)
+    checkpoint_every_steps: int = execution(100, ge=1)
+    keep_checkpoints: int = execution(2, ge=1)
+    max_failures: int = execution(2, ge=0)  # restarts after a lost worker before the run gives up
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.global_batch_size % self.contrastive_batch_size:
+            raise ValueError(
+                f"train.global_batch_size={self.global_batch_size} is not a multiple of "
+                f"train.contrastive_batch_size={self.contrastive_batch_size}: one optimizer step takes whole contrastive "
+                "batches, so set it to that or to a multiple of it"
+            )
+        if self.contrastive_weight == 0 and self.caption_weight == 0:
+            raise ValueError("train.contrastive_weight and train.caption_weight are both 0: nothing would be learned")
+        return self
+
+
+class ResourcesConfig(Section):
+    """What the work may use. None of it changes a result's digest."""
+
+    num_workers: int = execution(2, ge=1)  # training ranks
+    cpus_per_worker: int = execution(1, ge=1)
+    use_gpu: bool = execution(False)
+    shared_filesystem: bool = execution(False)  # declares that every host has the same local paths (NFS, EFS)
