@@ -147,6 +147,7 @@ def test_every_rank_would_export_the_weights_that_all_train(few_steps, variant):
         np.testing.assert_array_equal(loaded[name.removeprefix("inner.")].numpy().reshape(value.shape), value)
 
 
+@pytest.mark.slow
 def test_after_fifty_steps_all_stages_are_still_where_one_process_is():
     records, weights = reference(MANY_STEPS)
     (found, _) = run_ranks(train_in_rank, NUM_RANKS, MANY_STEPS)

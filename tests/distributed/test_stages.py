@@ -26,7 +26,7 @@ def train_on(engine: Any, first: int, last: int) -> list[dict[str, float]]:
 
     from urbanclip_ray.train.loop import take_step
 
-    rank = dist.get_rank()
+    rank = dist.get_rank() % NUM_RANKS
     return [take_step(engine, share_of(rank, step), BEFORE + AFTER, CONFIG) for step in range(first, last)]
 
 
@@ -79,9 +79,10 @@ def save_and_resume_in_rank(root: str) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[dict[str, Any]]:
-    return run_ranks(save_and_resume_in_rank, NUM_RANKS, str(tmp_path_factory.mktemp("stages")))
+# one has nobody to share with; three divide few parameters, so that there is padding
+@pytest.fixture(scope="module", params=[2, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def ranks(request, tmp_path_factory) -> list[dict[str, Any]]:
+    return run_ranks(save_and_resume_in_rank, request.param, str(tmp_path_factory.mktemp("stages")))
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -93,7 +94,7 @@ def test_the_ranks_together_write_every_value_once(ranks, name):
         assert [start for start, _ in parts] == [0, *ends[:-1]], parameter  # end to end, nothing twice
         assert ends[-1] == value.numel(), parameter
     shares = [sum(numel for _, _, numel in rank[name]["written"]) for rank in ranks]
-    assert min(shares) > 0.3 * sum(shares)
+    assert min(shares) > 0.7 * sum(shares) / len(shares)
 
 
 @pytest.mark.parametrize("name", STAGES)
