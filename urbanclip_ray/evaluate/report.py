@@ -37,6 +37,7 @@ SOURCE_NAMES = {
     "folder": "a folder of tiles",
     "rsicd": "RSICD (Lu et al. 2017)",
     "world": "the world demo (NASA Blue Marble, region scale)",
+    "urbanclip": "the user's own, with UrbanCLIP's released captions and labels",
 }
 CAPTIONER_NAMES = {
     "land_cover": "the rule-based baseline",
@@ -106,7 +107,7 @@ def _page(config: RunConfig, datasets: Mapping[str, Dataset], record: Json) -> s
         provenance=record["provenance"],
         libraries=_libraries(record["provenance"]),
         config_json=json.dumps(record["config"], indent=2),
-        world=config.source.kind == "world",
+        source=config.source.kind,
         figures=figures,
         plotly_js=get_plotlyjs(),
     )
@@ -162,7 +163,10 @@ def _lead(config: RunConfig, datasets: Mapping[str, Dataset], record: Json) -> l
         lead.append(sentence + ".")
     weights = _weights_digest(datasets)
     if "pretrain" in datasets:
-        lead.append(f"A {config.model.architecture} was pretrained on them{f', giving weights {weights}' * bool(weights)}.")
+        start = f", starting from {config.model.pretrained}" * bool(config.model.pretrained)
+        lead.append(
+            f"A {config.model.architecture} was pretrained on them{start}{f', giving weights {weights}' * bool(weights)}."
+        )
     elif config.embed.weights:
         lead.append(f"Weights made before were used: {config.embed.weights}{f' (digest {weights})' * bool(weights)}.")
     outer = [row for row in record["probe"] if row["split"] == record["outer"]]

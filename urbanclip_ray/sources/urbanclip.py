@@ -79,8 +79,8 @@ class UrbanClipTiles:
             )
         degrees = np.stack([places.lon, places.lat, places.west, places.south, places.east, places.north], axis=1)
         records = [
-            TileRecord(tile_id, name["city"], paths[tile_id], *place, scheme="baidu", group=name["city"])
-            for (tile_id, name), place in zip(names.items(), degrees.tolist(), strict=True)
+            TileRecord(tile_id, name["city"], paths[tile_id], lon, lat, west, south, east, north, "baidu", name["city"])
+            for (tile_id, name), (lon, lat, west, south, east, north) in zip(names.items(), degrees.tolist(), strict=True)
         ]
         return sorted(records)
 

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from urbanclip_ray import storage
-from urbanclip_ray.config import RunConfig, WorldSource
+from urbanclip_ray.config import SOURCE_KINDS, RunConfig, WorldSource
 from urbanclip_ray.evaluate import plots
 from urbanclip_ray.evaluate.findings import finding, score_table
-from urbanclip_ray.evaluate.report import write_report
+from urbanclip_ray.evaluate.report import SOURCE_NAMES, write_report
 from urbanclip_ray.overrides import build_config
 from urbanclip_ray.schema import CAPTIONS, PAIRS, PREDICTIONS, SPLITS, TILES, embeddings_schema
 from urbanclip_ray.storage import Dataset, open_dataset, publish
@@ -446,3 +446,7 @@ def test_missing_stages_are_named(tmp_path):
     tiles, _ = make_tiles(tmp_path, 4)
     with pytest.raises(ValueError, match="splits, probe"):
         write_report(RunConfig(), {"tiles": tiles}, str(tmp_path / "report"))
+
+
+def test_every_kind_of_source_has_a_name():
+    assert set(SOURCE_NAMES) == set(SOURCE_KINDS)
