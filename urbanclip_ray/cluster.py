@@ -86,7 +86,7 @@ def places(resources: Mapping[str, float], wanted: Mapping[str, float]) -> int:
 
 def worker_resources(resources: ResourcesConfig) -> dict[str, float]:
     """What one training worker is given."""
-    return {"CPU": resources.cpus_per_worker} | ({"GPU": 1} if resources.use_gpu else {})
+    return {"CPU": float(resources.cpus_per_worker)} | ({"GPU": 1.0} if resources.use_gpu else {})
 
 
 def read_cluster() -> Cluster:

@@ -24,10 +24,10 @@ class PreflightError(UserError, RuntimeError):
 
 
 class Demand(NamedTuple):
-    """`count` workers of `resources` each that a run needs at the same time."""
+    """`num_workers` workers of `resources` each that a run needs at the same time."""
 
     what: str
-    count: int
+    num_workers: int
     resources: dict[str, float]
     fix: str
 
@@ -50,7 +50,7 @@ def refuse_unfit_run(given: RunConfig, run: Run, only: Sequence[str] | None) -> 
     refuse_paths_of_one_host(run.config, cluster)
     for demand in demands:
         refuse_impossible(demand, cluster)
-        if cluster.places_now(demand.resources) < demand.count:
+        if cluster.places_now(demand.resources) < demand.num_workers:
             print(f"more nodes must come: {describe_places(demand, cluster)}", flush=True)
 
 
@@ -122,21 +122,22 @@ def list_demands(config: RunConfig, to_make: Sequence[str]) -> list[Demand]:
 def refuse_impossible(demand: Demand, cluster: Cluster) -> None:
     """More workers than the cluster and its autoscaler can ever hold: Ray would wait for them for ever."""
     ever = cluster.places_ever(demand.resources)
-    if ever is None or ever >= demand.count:
+    if ever is None or ever >= demand.num_workers:
         return
     raise PreflightError(f"{describe_places(demand, cluster)}: {demand.fix}, or add nodes")
 
 
 def describe_places(demand: Demand, cluster: Cluster) -> str:
     """How many of the workers fit, now and ever, with the numbers behind it."""
+    now = cluster.places_now(demand.resources)
     each = " + ".join(f"{amount:g} {name}" for name, amount in demand.resources.items())
     have = ", ".join(f"{cluster.total(name):g} {name}" for name in demand.resources)
     ever = cluster.places_ever(demand.resources)
-    later = {None: ", an autoscaler with limits unknown to us", cluster.places_now(demand.resources): ""}.get(
+    later = {None: ", an autoscaler with limits unknown to us", now: ""}.get(
         ever, f", {ever} with all that the autoscaler can start"
     )
     nodes = f"{len(cluster.nodes)} node{'s' if len(cluster.nodes) > 1 else ''}"
-    return f"{demand.count} {demand.what} of {each} each: {cluster.places_now(demand.resources)} fit on {nodes} ({have}){later}"
+    return f"{demand.num_workers} {demand.what} of {each} each: {now} fit on {nodes} ({have}){later}"
 
 
 def probe_storage(storage: str) -> None:

@@ -126,7 +126,7 @@ def monitor(tmp_path) -> Iterator[Path]:
     script.parent.mkdir(parents=True)
     script.write_text("import sys\nprint('up', flush=True)\nsys.stdin.read()\n")
     config = tmp_path / "cluster.yaml"
-    config.write_text(yaml.safe_dump(FAKE))
+    config.write_text(yaml.safe_dump(FAKE, sort_keys=False))
     command = [sys.executable, str(script), "--gcs-address=10.0.0.1:6999", f"--autoscaling-config={config}"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
