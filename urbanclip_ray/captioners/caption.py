@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 import ray.exceptions
+from ray.util.annotations import RayDeprecationWarning
 
 from urbanclip_ray import dataflow
 from urbanclip_ray.captioners import given as source_captions
@@ -70,7 +72,7 @@ def caption_tiles(work: CaptionWork, publication: Publication) -> None:
         dataflow.write(describe_rows(dataflow.read(work.tiles, TILE_COLUMNS), work), publication)
     except ray.exceptions.RayActorError as error:
         raise CaptionError(
-            f"a captioner's process died more than caption.max_actor_restarts={work.config.max_actor_restarts} times: "
+            f"a captioner's process died more than caption.max_retries={work.config.max_retries} times on the same tiles: "
             f"{one_line(error)}. If memory ran out, lower caption.tiles_per_batch or caption.num_actors; "
             "what is described is kept, so run the same command again"
         ) from error
@@ -84,16 +86,19 @@ def describe_rows(rows: ray.data.Dataset, work: CaptionWork, actor: type[Caption
     config = work.config
     if config.captioner == "given" and (work.given is None or work.given.num_rows == 0):
         raise ConfigError("caption.captioner=given, but the source brings no captions: use caption.captioner=land_cover")
-    return rows.map_batches(
-        actor or CaptionBatch,
-        fn_constructor_kwargs={"work": work._replace(given=None), "given_captions": ray.put(work.given)},
-        batch_size=config.tiles_per_batch,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.num_actors),
-        num_gpus=config.gpus_per_actor or None,
-        max_restarts=config.max_actor_restarts,  # Ray's own default is to try for ever
-        max_task_retries=config.max_actor_restarts,
-    )
+    with warnings.catch_warnings():
+        # Ray's default is to try for ever, and its only way to bound that is an option without a name of its own, which
+        # it warns of in 2.60 and has not replaced.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        return rows.map_batches(
+            actor or CaptionBatch,
+            fn_constructor_kwargs={"work": work._replace(given=None), "given_captions": ray.put(work.given)},
+            batch_size=config.tiles_per_batch,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.num_actors),
+            num_gpus=config.gpus_per_actor or None,
+            max_task_retries=config.max_retries,
+        )
 
 
 class CaptionBatch:
@@ -177,4 +182,5 @@ def _count_generated(publication: Publication, origin: Origin, known: set[str]) 
     keys = written.filter(pc.is_null(written["error"]))["caption_key"].to_pylist()
     from_store = sum(1 for key in keys if key in known)
     publication.facts["captions"] = {"from_store": from_store, "generated": len(keys) - from_store}
+    print(f"captions: {from_store:,} from the store, {len(keys) - from_store:,} generated")
     publication.facts["model"] = {"name": origin.model, "revision": origin.revision}
