@@ -33,7 +33,7 @@ from urbanclip_ray.preflight import (
 from urbanclip_ray.remote_errors import explain_error
 from urbanclip_ray.stages import Run
 from urbanclip_ray.storage import delete_folder, exists, join, library_versions, list_files, resolve, write_bytes
-from urbanclip_ray.terminal import open_console
+from urbanclip_ray.terminal import counted, open_console
 
 NODE_TIMEOUT_S = 20.0
 COUNT_TIMEOUT_S = 5.0
@@ -79,7 +79,7 @@ def _findings(given: RunConfig, only: Sequence[str] | None) -> list[Finding]:
     except UserError as error:
         return [*findings, Finding("Ray", False, str(error))]
     cluster = read_cluster()
-    hosts = f"{len(cluster.nodes)} nodes on {len(cluster.hosts)} hosts, Ray {ray.__version__}"
+    hosts = f"{counted(len(cluster.nodes), 'node')} on {counted(len(cluster.hosts), 'host')}, Ray {ray.__version__}"
     findings += [
         Finding("Ray", True, hosts),
         attempt("hosts", partial(refuse_paths_of_one_host, config, cluster), "every host sees the paths of the run"),
@@ -186,7 +186,7 @@ def _storage_finding(config: RunConfig, cluster: Cluster, uri: str, reports: Map
     if seen != len(reports):
         fix = "use s3://bucket/prefix, or a mount that every host has"
         return Finding(name, False, f"{config.storage} is not one place: {seen} of {len(reports)} nodes' files are there", fix)
-    return Finding(name, True, f"{config.storage}: read, written and conditionally put from {len(reports)} nodes")
+    return Finding(name, True, f"{config.storage}: read, written and conditionally put from {counted(len(reports), 'node')}")
 
 
 def _source_finding(source: str, reports: Mapping[str, NodeReport]) -> Finding:
@@ -194,7 +194,7 @@ def _source_finding(source: str, reports: Mapping[str, NodeReport]) -> Finding:
     if errors:
         fix = "correct source.uri, or put the tiles where every node can read them"
         return Finding("source", False, f"from {len(errors)} of {len(reports)} nodes: {errors[0]}", fix)
-    return Finding("source", True, f"{source} is seen from {len(reports)} nodes")
+    return Finding("source", True, f"{source} is seen from {counted(len(reports), 'node')}")
 
 
 def _versions_finding(reports: Mapping[str, NodeReport]) -> Finding:
@@ -233,7 +233,8 @@ def check_all_reduce(config: RunConfig) -> Finding:
     finally:
         delete_folder(uri)
     num_workers = config.resources.num_workers
-    return Finding(name, True, f"{num_workers} workers over {backend} in {time.monotonic() - start:.0f} s")
+    seconds = time.monotonic() - start
+    return Finding(name, True, f"{counted(num_workers, 'worker')} over {backend} in {seconds:.0f} s")
 
 
 def all_reduce(config: RunConfig, uri: str) -> str:

@@ -15,6 +15,7 @@ from urbanclip_ray.errors import UserError
 from urbanclip_ray.plan import survey
 from urbanclip_ray.stages import Run
 from urbanclip_ray.storage import StorageError, delete_folder, join, open_dataset, publish
+from urbanclip_ray.terminal import counted
 
 JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray's job server gives the process that it starts
 
@@ -107,7 +108,7 @@ def list_demands(config: RunConfig, to_make: Sequence[str]) -> list[Demand]:
     if {"pretrain", "search"} & set(to_make):
         demands.append(
             Demand(
-                "training workers",
+                "training worker",
                 config.resources.num_workers,
                 worker_resources(config.resources),
                 "lower resources.num_workers (train.micro_batch_size x workers makes train.contrastive_batch_size), "
@@ -115,7 +116,7 @@ def list_demands(config: RunConfig, to_make: Sequence[str]) -> list[Demand]:
             )
         )
     if config.embed.gpus_per_actor and {"embeddings", "untrained"} & set(to_make):
-        demands.append(Demand("embedding actors", 1, {"GPU": config.embed.gpus_per_actor}, "lower embed.gpus_per_actor"))
+        demands.append(Demand("embedding actor", 1, {"GPU": config.embed.gpus_per_actor}, "lower embed.gpus_per_actor"))
     return demands
 
 
@@ -136,8 +137,8 @@ def describe_places(demand: Demand, cluster: Cluster) -> str:
     later = {None: ", an autoscaler with limits unknown to us", now: ""}.get(
         ever, f", {ever} with all that the autoscaler can start"
     )
-    nodes = f"{len(cluster.nodes)} node{'s' if len(cluster.nodes) > 1 else ''}"
-    return f"{demand.num_workers} {demand.what} of {each} each: {now} fit on {nodes} ({have}){later}"
+    wanted = counted(demand.num_workers, demand.what)
+    return f"{wanted} of {each} each: {now} fit on {counted(len(cluster.nodes), 'node')} ({have}){later}"
 
 
 def probe_storage(storage: str) -> None:

@@ -74,7 +74,7 @@ def test_a_cluster_that_can_do_the_run_passes_every_check(city, address):
     assert result.returncode == 0, result.stdout + result.stderr
     shown = " ".join(result.stdout.split())
     assert "FAILED" not in shown
-    for part in ("2 nodes on 1 hosts", "conditionally put from 2 nodes", "2 fit on 2 nodes (2 CPU)", "2 workers over gloo"):
+    for part in ("2 nodes on 1 host,", "conditionally put from 2 nodes", "2 fit on 2 nodes (2 CPU)", "2 workers over gloo"):
         assert part in shown
     assert list((city.parent / "storage").rglob("*")) == []  # nothing is left behind
 
