@@ -166,6 +166,7 @@ def test_a_crash_while_files_are_written_loses_none(s3_server):
         assert read_bytes(join(uri, entry.path)) == expected
 
 
+@pytest.mark.slow
 def test_a_crash_while_files_are_read_loses_none(s3_server):
     uri = f"s3://{BUCKET}/crash/read"
     large = pa.table({"noise": np.random.default_rng(0).random(1_000_000)})
@@ -183,6 +184,7 @@ def test_a_crash_while_files_are_read_loses_none(s3_server):
     assert all(crash_during(s3_server, work))
 
 
+@pytest.mark.slow
 def test_a_crash_before_the_manifest_is_put_is_outlasted(s3_server):
     uri = f"s3://{BUCKET}/crash/manifest"
     write_bytes(join(uri, "there"), b"1")
@@ -216,6 +218,7 @@ with publish("s3://{bucket}/ray/out", "made", {{}}, {{"in": first}}) as publicat
 """
 
 
+@pytest.mark.slow
 def test_a_crash_while_ray_workers_read_and_write_loses_no_row(s3_server):
     with publish(f"s3://{BUCKET}/ray/in", "made", {}, {}) as publication:
         for number in range(20):
@@ -362,6 +365,7 @@ def test_errors_in_the_middle_of_the_work_are_explained_alike(s3_server, strange
         read_bytes(f"s3://{BUCKET}/secret")
 
 
+@pytest.mark.slow
 def test_a_server_that_is_gone_is_named_within_a_minute(monkeypatch):
     filesystem, _ = resolve("s3://gone/x")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")

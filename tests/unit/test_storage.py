@@ -351,5 +351,8 @@ def test_on_s3_a_repeated_put_of_the_same_manifest_is_not_another_writer(bucket)
 
 
 def test_a_bucket_that_is_not_there_is_refused_by_name(bucket):
-    with pytest.raises(OSError, match="nobucket"), publish("s3://nobucket/x", "made", {}, {}) as publication:
+    with (
+        pytest.raises(StorageError, match="there is no bucket 'nobucket': create it"),
+        publish("s3://nobucket/x", "made", {}, {}) as publication,
+    ):
         publication.write_table(ROWS)
