@@ -66,7 +66,8 @@ def test_every_tile_is_a_row_and_the_unreadable_one_says_why(described):
     table = described.read()
     assert table.schema.equals(CAPTIONS)
     rows = {row["tile_id"]: row for row in table.to_pylist()}
-    assert list(rows) == [f"r/{index}" for index in range(NUM_TILES)]  # in the order of the tiles
+    assert len(table) == NUM_TILES
+    assert set(rows) == {f"r/{index}" for index in range(NUM_TILES)}  # blocks of a file may come in any order
     broken = rows.pop(f"r/{BROKEN}")
     assert (broken["text"], broken["error"]) == (None, "unreadable tile: zero bytes")
     assert all(row["text"].endswith(".") and row["error"] is None for row in rows.values())
@@ -77,8 +78,8 @@ def test_every_tile_is_a_row_and_the_unreadable_one_says_why(described):
 
 
 def test_rows_and_keys_do_not_depend_on_batching(tiles, described, tmp_path):
-    again = caption(tiles, tmp_path / "c", CaptionConfig(tiles_per_batch=64, num_actors=1)).read()
-    assert again.equals(described.read())
+    again = caption(tiles, tmp_path / "c", CaptionConfig(tiles_per_batch=64, num_actors=1)).read().sort_by("tile_id")
+    assert again.equals(described.read().sort_by("tile_id"))
     assert len(set(again["caption_key"].to_pylist())) == NUM_TILES
 
 
@@ -86,7 +87,7 @@ def test_a_margin_cut_off_makes_other_keys(tiles, described):
     config = CaptionConfig()
     uncut = CaptionWork(tiles, config, PixelsConfig()).origin()
     cut = CaptionWork(tiles, config, PixelsConfig(crop_bottom_px=2)).origin()
-    assert described.read()["caption_key"][0].as_py() == uncut.key(hashlib.sha256(png(0)).hexdigest(), 0)
+    assert uncut.key(hashlib.sha256(png(0)).hexdigest(), 0) in described.read()["caption_key"].to_pylist()
     assert cut.key("ab", 0) != uncut.key("ab", 0)
 
 
