@@ -17,7 +17,7 @@ from urbanclip_ray.model.weights import WEIGHTS_FILE
 from urbanclip_ray.overrides import apply_overrides
 from urbanclip_ray.pipeline import find_parents, run_stages
 from urbanclip_ray.recipes import load_recipe
-from urbanclip_ray.stages import STAGES, find_weights
+from urbanclip_ray.stages import SEARCH, STAGES, find_weights
 from urbanclip_ray.storage import MissingDatasetError, find_dataset, open_dataset, publish
 
 NAMES = [stage.name for stage in STAGES]
@@ -247,8 +247,8 @@ def test_another_stages_dataset_has_no_weights(tmp_path):
 
 def test_a_search_makes_what_comes_before_pretraining_and_then_its_trials(config, made, monkeypatch):
     shown = []
-    stages = (*pipeline.STAGES[: NAMES.index("pretrain")], fake_search(made))
-    monkeypatch.setattr(pipeline, "SEARCH_STAGES", stages)
+    stages = (*plan.STAGES[: NAMES.index("pretrain")], fake_search(made))
+    monkeypatch.setattr(plan, "SEARCH_STAGES", stages)
     monkeypatch.setattr(pipeline, "show_search", lambda search, console: shown.append(search))
     config = apply_overrides(config, ['tune.space={"train.lr": {"loguniform": [1e-4, 1e-3]}}'])
     before = NAMES[: NAMES.index("pretrain")]
@@ -272,7 +272,7 @@ def fake_search(made):
         made.append("search")
         publication.write_file("best.json", b"")
 
-    return pipeline.SEARCH_STAGES[-1]._replace(make=make)
+    return SEARCH._replace(make=make)
 
 
 def test_a_search_that_cannot_be_is_refused_before_anything_is_made(config, made, tmp_path):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+
 import pyarrow as pa
 import pytest
 import ray
 import ray.data
+from ray import cloudpickle
 
 from urbanclip_ray import dataflow
 from urbanclip_ray.config import ConfigError
 from urbanclip_ray.errors import UserError
 from urbanclip_ray.remote_errors import explain_error, is_remote
 from urbanclip_ray.storage import StorageError
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test file
 
 MESSAGE = "weights/x: not a folder of weights\nit needs a config: copy it again"
 

@@ -36,9 +36,10 @@ class FolderTiles:
         return FolderTiles, (self._config,)  # workers read images; listing and CSV stay here
 
     def fingerprint(self) -> str:
+        files = self._folder.listing  # first: a folder that is not there is said before a CSV that is not
         how = self._config.model_dump(mode="json", exclude={"uri", "metadata"})  # where it lies is not what it is
         csv = hashlib.sha256(self._metadata_bytes).hexdigest() if self._config.metadata else None
-        return storage.digest({"how": how, "files": self._folder.listing, "metadata": csv})
+        return storage.digest({"how": how, "files": files, "metadata": csv})
 
     def tiles(self) -> list[TileRecord]:
         places: dict[str, tuple[float | None, float | None]] = {}
