@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import ray
 import ray.train
 from rich.table import Table
+from rich.text import Text
 
 from urbanclip_ray import dataflow
 from urbanclip_ray.cluster import Cluster, on_node, read_cluster, worker_resources
@@ -62,11 +63,12 @@ def check_run(given: RunConfig, only: Sequence[str] | None) -> bool:
     """Try out what the job's stages need, print a table, and say whether nothing failed."""
     findings: list[Finding] = []
     table = Table(title=f"check of run {given.run}", title_justify="left", show_lines=True)
-    for name in ("check", "", "found", "fix"):
+    for name in ("check", "", "found"):
         table.add_column(name, overflow="fold")
     for finding in _findings(given, only):
         findings.append(finding)
-        table.add_row(finding.name, {True: "passed", False: "FAILED", None: "-"}[finding.passed], finding.found, finding.fix)
+        text = finding.found + (f"\nfix: {finding.fix}" if finding.fix else "")
+        table.add_row(finding.name, {True: "passed", False: "FAILED", None: "-"}[finding.passed], Text(text))  # no markup
     open_console().print(table)
     return all(finding.passed is not False for finding in findings)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from rich.table import Table
+from rich.text import Text
 
 from urbanclip_ray.config import ModelConfig, RunConfig
 from urbanclip_ray.stages import SEARCH, SEARCH_STAGES, STAGES, Run, Stage
@@ -68,7 +69,8 @@ def show_plan(config: RunConfig, only: Sequence[str] | None) -> None:
     for name in ("stage", "", "rows", "dataset"):
         table.add_column(name, overflow="fold")
     for item in planned:
-        table.add_row(item.stage.name, _state(item), _rows(run, item), item.uri + ("" if not item.after else "/…"))
+        place = Text(item.uri + ("/…" if item.after else ""))  # no markup
+        table.add_row(item.stage.name, _state(item), _rows(run, item), place)
     console.print(table)
     if any(item.stage.name in ("pretrain", SEARCH.name) for item in planned):
         console.print(_facts_table("pretraining", pretraining_facts(run)))

@@ -21,20 +21,15 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot im
 MESSAGE = "weights/x: not a folder of weights\nit needs a config: copy it again"
 
 
-def fail(_: object = None) -> pa.Table:
-    raise ConfigError(MESSAGE)
+@pytest.fixture
+def fail():
+    """A function that workers can run: they cannot import this module, so it travels by value."""
+    message = MESSAGE
 
+    def fail(_: object = None) -> pa.Table:
+        raise ConfigError(message)
 
-def fill_disk() -> None:
-    raise FileNotFoundError(2, "No such file or directory", "/data/x")
-
-
-class FailingActor:
-    def __init__(self) -> None:
-        fail()
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        return batch
+    return fail
 
 
 def raised_by(action) -> BaseException:
@@ -50,25 +45,34 @@ def test_a_mistake_of_the_user_is_explained_and_one_of_ours_is_not():
     assert not is_remote(UserError())
 
 
-def test_an_error_of_a_task_is_read_without_its_traceback(ray_cluster):
+def test_an_error_of_a_task_is_read_without_its_traceback(ray_cluster, fail):
     error = raised_by(lambda: ray.get(ray.remote(fail).remote()))
     assert is_remote(error)
     assert explain_error(error) == MESSAGE
 
 
 def test_an_os_error_of_a_task_names_its_file(ray_cluster):
-    assert explain_error(raised_by(lambda: ray.get(ray.remote(fill_disk).remote()))) == "/data/x: No such file or directory"
+    def lose() -> None:
+        raise FileNotFoundError(2, "No such file or directory", "/data/x")
+
+    assert explain_error(raised_by(lambda: ray.get(ray.remote(lose).remote()))) == "/data/x: No such file or directory"
 
 
-def test_an_error_in_a_batch_is_read_without_its_traceback(ray_cluster):
+def test_an_error_in_a_batch_is_read_without_its_traceback(ray_cluster, fail):
     dataflow.connect()
     rows = dataflow.map_tables(ray.data.from_items([{"x": 1}]), fail, batch_size=1)
     assert explain_error(raised_by(rows.materialize)) == MESSAGE
 
 
-def test_an_error_in_the_making_of_an_actor_is_read_without_its_traceback(ray_cluster):
-    actor = ray.remote(FailingActor).remote()
-    assert explain_error(raised_by(lambda: ray.get(actor.__call__.remote(None)))) == MESSAGE
+def test_an_error_in_the_making_of_an_actor_is_read_without_its_traceback(ray_cluster, fail):
+    class Failing:
+        def __init__(self) -> None:
+            fail()
+
+        def answer(self) -> None: ...
+
+    actor = ray.remote(Failing).remote()
+    assert explain_error(raised_by(lambda: ray.get(actor.answer.remote()))) == MESSAGE
 
 
 def test_a_bug_in_a_task_keeps_its_traceback(ray_cluster):
