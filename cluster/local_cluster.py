@@ -1,9 +1,8 @@
 """A Ray cluster on this machine whose autoscaler really starts and ends nodes, for trying out job submission.
 
-Every node is a raylet of this machine (Ray's `fake_multinode` provider, set up in local.yaml), so an absolute local path
-is shared storage here. The cluster has ports, folders and a token of its own. `stop` ends the processes that carry the
-cluster's mark in their environment and no others, unlike `ray stop`, which ends every Ray of the machine. Linux only:
-processes are found in /proc.
+Every node is a raylet of this machine (local.yaml, local_nodes.py), so an absolute local path is shared storage here. The
+cluster has ports, folders and a token of its own. `stop` ends the processes that carry the cluster's mark in their
+environment and no others, unlike `ray stop`, which ends every Ray of the machine. Linux only: processes are found in /proc.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def start(folder: Path) -> None:
     gcs_port, dashboard_port, client_port = free_ports(3)
     address = f"{get_node_ip_address()}:{gcs_port}"
     config = yaml.safe_load((HERE / "local.yaml").read_text())
-    config["provider"]["gcs_address"] = address
+    config["provider"] |= {"gcs_address": address, "sessions": str(sessions)}
     write_private(folder / "autoscaling.yaml", yaml.safe_dump(config))
 
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--num-cpus=0", "--disable-usage-stats"]
@@ -87,6 +86,7 @@ def cluster_environment(folder: Path, mark: str) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # another cluster's
     return inherited | {
         MARK: mark,
+        "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(HERE)])),  # the autoscaler's local_nodes
         "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",  # `python` of a job is this one
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "auth_token"),
