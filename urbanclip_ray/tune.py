@@ -7,6 +7,7 @@ again, whose decisions fall as before where trials run one at a time. Nothing th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -205,6 +206,7 @@ class ReportScore:
             write_record(self._job.uri, read_record(self._job.uri).with_report(report))
             number = self._job.trial.number
             print(f"trial {number}: {samples:,} of {report.total_samples:,} samples, validation R² {score:.3f}", flush=True)
+        logging.getLogger("ray.train").setLevel(logging.WARNING)  # or every rank prints every report, in Ray's words
         ray.train.report(report.model_dump())
 
 
