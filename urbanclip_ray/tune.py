@@ -7,6 +7,7 @@ again, whose decisions fall as before where trials run one at a time. Nothing th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from urbanclip_ray import dataflow
 from urbanclip_ray.config import ConfigError, RunConfig, TuneConfig
 from urbanclip_ray.errors import UserError
 from urbanclip_ray.evaluate.validation_score import ProbeRows, ValidationScore, choose_rows
-from urbanclip_ray.search_results import Report, TrialResult, publish_results, read_record, write_record
+from urbanclip_ray.search_results import Report, TrialRecord, TrialResult, publish_results, read_record, write_record
 from urbanclip_ray.search_space import Trial, measure_content, plan_trials
 from urbanclip_ray.storage import Dataset, Publication, dataset_uri, delete_folder, digest, find_dataset, join, publish, resolve
 from urbanclip_ray.train.launch import pretrain
@@ -93,7 +94,7 @@ class Halving(ASHAScheduler):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.stopped: set[int] = set()
+        self.stopped: dict[int, int] = {}  # number of a trial -> the samples that it had reported
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Tune's decision on a trial that has just reported."""
@@ -101,7 +102,7 @@ class Halving(ASHAScheduler):
         number = trial.config["trial"]["number"]
         if decision != TrialScheduler.STOP or number == 0 or result["samples"] >= result["total_samples"]:
             return str(TrialScheduler.CONTINUE)
-        self.stopped.add(number)
+        self.stopped[number] = int(result["samples"])
         return decision
 
 
@@ -205,16 +206,18 @@ class ReportScore:
             write_record(self._job.uri, read_record(self._job.uri).with_report(report))
             number = self._job.trial.number
             print(f"trial {number}: {samples:,} of {report.total_samples:,} samples, validation R² {score:.3f}", flush=True)
+        logging.getLogger("ray.train").setLevel(logging.WARNING)  # or every rank prints every report, in Ray's words
         ray.train.report(report.model_dump())
 
 
-def _collect(job: TrialJob, stopped: set[int]) -> TrialResult | None:
+def _collect(job: TrialJob, stopped: dict[int, int]) -> TrialResult | None:
     """How a trial ended, None where it did not."""
     record = read_record(job.uri)
     if record.failure is not None:
         return TrialResult(job.trial, record, "failed", None)
+    if job.trial.number in stopped:  # its ranks may have gone on for a moment: that is no part of this search
+        reports = tuple(report for report in record.reports if report.samples <= stopped[job.trial.number])
+        return TrialResult(job.trial, TrialRecord(reports=reports), "stopped", None)
     if record.reports and find_dataset(job.uri) is not None:
         return TrialResult(job.trial, record, "finished", job.uri)
-    if job.trial.number in stopped:
-        return TrialResult(job.trial, record, "stopped", None)
     return None

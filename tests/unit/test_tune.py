@@ -78,7 +78,7 @@ def test_a_trial_that_does_worse_than_its_rung_is_stopped_and_one_that_does_bett
     assert run.report(2, 16, 0.6) == TrialScheduler.CONTINUE
     assert run.report(0, 32, 0.7) == TrialScheduler.CONTINUE
     assert run.report(2, 32, 0.6) == TrialScheduler.STOP  # at the next rung
-    assert run.scheduler.stopped == {1, 2}
+    assert run.scheduler.stopped == {1: 16, 2: 32}
 
 
 def test_nobody_is_stopped_before_the_grace_is_over(shards, labels):
@@ -95,7 +95,7 @@ def test_the_first_trial_and_one_at_its_end_are_never_stopped(shards, labels):
         assert run.report(1, samples, 0.9) == TrialScheduler.CONTINUE
         assert run.report(0, samples, 0.1) == TrialScheduler.CONTINUE
     assert run.report(2, 112, 0.0) == TrialScheduler.CONTINUE  # worse, but its weights are being written
-    assert run.scheduler.stopped == set()
+    assert run.scheduler.stopped == {}
 
 
 @pytest.mark.parametrize(
