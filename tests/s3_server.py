@@ -174,14 +174,21 @@ class S3Server:
         """End one process by its id, if the id is still that of a process of this server."""
         try:
             pid = int((self.folder / f"{name}.pid").read_text())
-            if str(self.folder).encode() not in Path(f"/proc/{pid}/cmdline").read_bytes():
-                return
-            os.kill(pid, signal.SIGKILL)
-        except (OSError, ValueError):  # never started, or gone
+        except (OSError, ValueError):  # never started
             return
+        if not self._is_mine(pid):
+            return
+        os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + STOP_TIMEOUT_S
-        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        while self._is_mine(pid) and time.monotonic() < deadline:
             time.sleep(0.02)
+
+    def _is_mine(self, pid: int) -> bool:
+        """Whether that process runs and is of this server: one that has ended has no command line any more."""
+        try:
+            return str(self.folder).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            return False
 
 
 def missing_programs() -> list[str]:

@@ -238,7 +238,7 @@ def _fix(code: str, uri: str, store: StoreConfig) -> str:
 
 def _fix_permission(store: StoreConfig) -> str:
     if store.anonymous:
-        return "it is not public: give its store a profile, or key_id_variable and secret_variable, instead of anonymous"
+        return "anonymous access is not enough: give its store a profile, or key_id_variable and secret_variable, instead"
     return f"no permission: allow it to {_who(store)}, or use other keys"
 
 
@@ -252,7 +252,7 @@ def _explain_silence(error: Exception, store: StoreConfig) -> str:
     if isinstance(error, NoConnection | HTTPClientError):
         access = find_access(store)
         where = access.endpoint or f"AWS in the region {access.region or 'us-east-1'}"
-        return f"{where} cannot be reached: start it, or correct AWS_ENDPOINT_URL or its store's endpoint and region ({error})"
+        return f"{where} cannot be reached: correct AWS_ENDPOINT_URL or its store's endpoint and region, or start it ({error})"
     return f"the request cannot be made ({error})"
 
 

@@ -317,8 +317,8 @@ WRONG = {  # AWS variables that are changed (None: not set), and what is said
     "secret": ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "the secret is not that of the key id: correct AWS_ACCESS_KEY_ID and"),
     "key id": ({"AWS_ACCESS_KEY_ID": "NOBODY"}, "the key id is not known there: correct AWS_ACCESS_KEY_ID and"),
     "no keys": ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, "no keys: set AWS_ACCESS_KEY_ID and"),
-    "endpoint": ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "http://127.0.0.1:9 cannot be reached: start it, or correct"),
-    "host": ({"AWS_ENDPOINT_URL": "http://nowhere.invalid"}, "http://nowhere.invalid cannot be reached: start it, or"),
+    "endpoint": ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "http://127.0.0.1:9 cannot be reached: correct AWS_ENDPOINT_URL"),
+    "host": ({"AWS_ENDPOINT_URL": "http://nowhere.invalid"}, "http://nowhere.invalid cannot be reached: correct"),
     "region": ({"AWS_ENDPOINT_URL": None, "AWS_DEFAULT_REGION": "nowhere-1"}, "in the region nowhere-1 cannot be reached"),
 }
 
@@ -342,7 +342,7 @@ def test_a_missing_bucket_and_missing_permission_are_named_with_the_fix(s3_serve
         monkeypatch.setenv(name, value)
     assert "no permission: allow it to AWS_ACCESS_KEY_ID and" in refuse_at_once(f"s3://{BUCKET}/x")
     use_stores([StoreConfig(anonymous=True)])
-    assert "it is not public: give its store a profile, or" in refuse_at_once(f"s3://{BUCKET}/x")
+    assert "anonymous access is not enough: give its store a profile, or" in refuse_at_once(f"s3://{BUCKET}/x")
 
 
 def test_errors_in_the_middle_of_the_work_are_explained_alike(s3_server, stranger, public_city, monkeypatch):
