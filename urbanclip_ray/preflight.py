@@ -13,7 +13,7 @@ from urbanclip_ray.cluster import Cluster, read_cluster, worker_resources
 from urbanclip_ray.config import RunConfig
 from urbanclip_ray.errors import UserError
 from urbanclip_ray.plan import survey
-from urbanclip_ray.stages import Run
+from urbanclip_ray.stages import Run, list_places
 from urbanclip_ray.storage import StorageError, delete_folder, join, open_dataset, publish
 from urbanclip_ray.terminal import counted
 
@@ -57,12 +57,8 @@ def refuse_unfit_run(given: RunConfig, run: Run, only: Sequence[str] | None) -> 
 
 def local_places(config: RunConfig) -> dict[str, str]:
     """The keys that name a local path which workers read or write, with their values."""
-    values = {
-        "storage": config.storage,
-        "source.uri": getattr(config.source, "uri", ""),
-        "embed.weights": config.embed.weights,
-    }
-    return {key: value for key, value in values.items() if value and ("://" not in value or value.startswith("file://"))}
+    places = list_places(config).items()
+    return {key: value for key, value in places if "://" not in value or value.startswith("file://")}
 
 
 def uploaded_directory() -> str | None:

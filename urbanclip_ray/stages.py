@@ -48,8 +48,7 @@ class Run:
     @property
     def places(self) -> list[str]:
         """URIs that the run reads from and writes to."""
-        config = self.config
-        return [uri for uri in (config.storage, getattr(config.source, "uri", ""), config.embed.weights) if uri]
+        return list(list_places(self.config).values())
 
     @cached_property
     def given_weights(self) -> str:
@@ -74,6 +73,19 @@ class Run:
 
     def weights_uri(self) -> str:
         return weights_folder(self.datasets["pretrain"]) if self.pretrains else self.given_weights
+
+
+def list_places(config: RunConfig) -> dict[str, str]:
+    """The keys that name a place which a run reads or writes, with their paths and URIs."""
+    values = {
+        "storage": config.storage,
+        "source.uri": getattr(config.source, "uri", ""),
+        "source.release": getattr(config.source, "release", ""),
+        "caption.model": config.caption.model if is_directory(config.caption.model) else "",
+        "model.pretrained": config.model.pretrained if config.model.pretrained_is_file else "",
+        "embed.weights": config.embed.weights,
+    }
+    return {key: value for key, value in values.items() if value}
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
