@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,8 @@ from urbanclip_ray.errors import UserError
 from urbanclip_ray.storage import Dataset, Publication, explain_os_error, resolve
 
 ACCESS_FIX = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file that holds the cluster's token"
+
+CONNECT_TIMEOUT_S = 10.0
 
 
 class ClusterError(UserError, RuntimeError):
@@ -38,6 +41,7 @@ def connect() -> None:
 
 def _join(address: str) -> None:
     try:
+        _refuse_silence(address)
         ray.init(address=address)
     except ray.exceptions.AuthenticationError as error:
         raise ClusterError(f"RAY_ADDRESS={address} asks for a token: {error.message}; {ACCESS_FIX}") from None
@@ -46,6 +50,16 @@ def _join(address: str) -> None:
             f"no Ray cluster can be joined at RAY_ADDRESS={address} ({error}): correct the address, or unset it to start a "
             f"Ray on this machine; where the cluster asks for a token, {ACCESS_FIX}"
         ) from None
+
+
+def _refuse_silence(address: str) -> None:
+    """Raise ConnectionError where nothing listens at `host:port`: Ray itself tries for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            raise ConnectionError(f"{host}:{port}: {error}") from error
 
 
 def log_folder() -> str:
