@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -21,6 +22,8 @@ from urbanclip_ray.filesystems import STORES_VARIABLE, stores_environment
 from urbanclip_ray.storage import Dataset, Publication, explain_os_error, join, resolve
 
 ACCESS_FIX = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file that holds the cluster's token"
+
+CONNECT_TIMEOUT_S = 10.0
 
 
 class ClusterError(UserError, RuntimeError):
@@ -48,6 +51,7 @@ def _join(address: str) -> None:
     settings = stores_environment()
     environment = {"env_vars": settings} if settings else None  # without one, workers start quicker
     try:
+        _refuse_silence(address)
         ray.init(address=address, runtime_env=environment)
     except ray.exceptions.AuthenticationError as error:
         raise ClusterError(f"RAY_ADDRESS={address} asks for a token: {error.message}; {ACCESS_FIX}") from None
@@ -65,6 +69,16 @@ def _refuse_other_stores() -> None:
             "stores: this process joined Ray with other ones, and Ray's workers would not know these: call ray.shutdown() "
             "before this run, or leave ray.init to it"
         )
+
+
+def _refuse_silence(address: str) -> None:
+    """Raise ConnectionError where nothing listens at `host:port`: Ray itself tries for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            raise ConnectionError(f"{host}:{port}: {error}") from error
 
 
 def log_folder() -> str:
