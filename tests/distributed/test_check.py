@@ -118,6 +118,7 @@ def test_an_address_where_no_ray_answers_is_named(city):
     assert "no Ray cluster can be joined at RAY_ADDRESS=127.0.0.1:1" in result.stderr
 
 
+@pytest.mark.slow  # Ray tries a wrong token for half a minute
 def test_a_cluster_that_asks_for_a_token_says_so(city, tmp_path):
     right, wrong = secrets.token_hex(32), secrets.token_hex(32)
     home = {"HOME": str(tmp_path)}  # where nobody's token lies
