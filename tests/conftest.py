@@ -40,7 +40,7 @@ def s3_server() -> Iterator[S3Server]:
         message = f"no S3 server here ({', '.join(missing)} missing): `make test-all` installs it where it can"
         if os.environ.get("URBANCLIP_RAY_NEEDS_S3"):
             pytest.fail(message)
-        pytest.skip(message)
+        pytest.skip(message)  # a stranger need not have apt or be root
     with tempfile.TemporaryDirectory(prefix="urbanclip_ray_s3_") as folder:
         server = S3Server(Path(folder) / "server")
         try:

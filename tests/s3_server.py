@@ -187,7 +187,7 @@ class S3Server:
         """Whether that process runs and is of this server: one that has ended has no command line any more."""
         try:
             return str(self.folder).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
-        except OSError:
+        except OSError:  # it has ended, and its folder in /proc with it
             return False
 
 
@@ -223,7 +223,7 @@ def _answers(endpoint: str) -> bool:
         urllib.request.urlopen(endpoint, timeout=1)
     except urllib.error.HTTPError:
         return True
-    except OSError:
+    except OSError:  # nobody listens yet
         return False
     return True
 

@@ -142,7 +142,7 @@ def report_node(uri: str, node_id: str, source: str) -> NodeReport:
     try:
         if source and not exists(source):
             source_error = f"{source} is not there"
-    except Exception as error:
+    except Exception as error:  # the same: every error is what this node found
         source_error = _last_line(error)
     return NodeReport(installed_versions(), storage_error, source_error)
 
@@ -183,7 +183,7 @@ def _storage_finding(config: RunConfig, cluster: Cluster, uri: str, reports: Map
             return Finding(name, False, f"from {node.host}: {reports[node.node_id].storage_error}", STORAGE_FIX)
     try:
         seen = ray.get(counting, timeout=COUNT_TIMEOUT_S)
-    except Exception as error:
+    except Exception as error:  # of the task or of waiting for it: a finding either way
         return Finding(name, False, _last_line(error), STORAGE_FIX)
     if seen != len(reports):
         fix = "use s3://bucket/prefix, or a mount that every host has"
@@ -230,7 +230,7 @@ def check_all_reduce(config: RunConfig) -> Finding:
             f"not done within {ALL_REDUCE_TIMEOUT_S:.0f} s; free now: {free}",
             "wait for other jobs or for nodes that are starting and check again; else see whether nodes reach each other",
         )
-    except Exception as error:
+    except Exception as error:  # whatever stops Ray Train is a finding
         return Finding(name, False, _last_line(error), "see whether the nodes reach each other on all ports")
     finally:
         delete_folder(uri)

@@ -87,7 +87,7 @@ def errors_in_one_line() -> Iterator[None]:
     """Errors that a user can mend end the process with their message alone; others keep their traceback."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # Ray wraps errors of ours in kinds of its own; what is not ours is raised again
         message = explain_error(error)
         if message is None:
             raise

@@ -67,7 +67,7 @@ def demo_search() -> RunConfig:
                 sampler="halton",
                 samples_per_report=2304,  # 18 steps of 53: three reports a trial
                 grace_samples=2304,
-                max_train_tiles=512,  # of 1,712: a report with 8 views takes half a minute on two CPU cores
+                max_train_tiles=512,  # of 1,712, so that reports are quick beside 4 epochs
             ),
         }
     )

@@ -32,7 +32,17 @@ from urbanclip_ray.schema import FORMAT_VERSION
 
 MANIFEST = "manifest.json"
 READ_CHUNK_BYTES = 1 << 20
-RECORDED_LIBRARIES = ("ray", "torch", "open_clip_torch", "deepspeed", "transformers", "pyarrow", "numpy", "scikit-learn")
+RECORDED_LIBRARIES = (
+    "urbanclip_ray",
+    "ray",
+    "torch",
+    "open_clip_torch",
+    "deepspeed",
+    "transformers",
+    "pyarrow",
+    "numpy",
+    "scikit-learn",
+)
 
 
 class MissingDatasetError(StorageError):
@@ -300,7 +310,7 @@ def publish(uri: str, stage: str, config: dict[str, Any], parents: dict[str, Dat
 
 def _discard(publication: Publication) -> None:
     """Remove an attempt's files; storage that fails there too must not hide why the attempt failed."""
-    with suppress(OSError, StorageError):
+    with suppress(OSError, StorageError):  # the first error is on its way to the user
         delete_folder(publication.data_uri)
 
 
@@ -331,10 +341,10 @@ def dataset_uri(storage: str, run: str, stage: str, config: dict[str, Any], pare
 
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that shape results, as installed."""
-    found = {"urbanclip_ray": importlib.metadata.version("urbanclip_ray")}
+    found = {}
     for name in RECORDED_LIBRARIES:
         try:
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+        except importlib.metadata.PackageNotFoundError:  # our own code, too, may be uploaded with a job instead
             found[name] = "not installed"
     return found

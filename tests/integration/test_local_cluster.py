@@ -160,7 +160,7 @@ def test_stopping_ends_this_cluster_and_no_other(cluster):
     for environment in Path("/proc").glob("[0-9]*/environ"):
         try:
             alive += [environment.parent.name] if marked in environment.read_bytes() else []
-        except OSError:
+        except OSError:  # it has ended meanwhile
             continue
     assert alive == []
     assert not cluster.folder.exists()

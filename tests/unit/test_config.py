@@ -114,7 +114,10 @@ def test_the_fixes_named_for_batch_sizes_are_accepted():
         ["resources.num_workers=3", "train.contrastive_batch_size=384", "train.global_batch_size=768"],
         ["train.global_batch_size=1024"],  # four contrastive batches a step
     ):
-        apply_overrides(DEFAULT, overrides)
+        config = apply_overrides(DEFAULT, overrides)
+        train = config.train
+        assert train.contrastive_batch_size == train.micro_batch_size * config.resources.num_workers
+        assert train.global_batch_size % train.contrastive_batch_size == 0
 
 
 @pytest.mark.parametrize(

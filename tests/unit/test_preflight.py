@@ -54,8 +54,8 @@ def test_an_absolute_path_below_an_uploaded_directory_is_refused_too(uploaded):
 
 
 def test_other_places_are_fine_in_an_uploaded_directory(uploaded):
-    refuse_uploaded_paths(config_with())
-    refuse_uploaded_paths(config_with("storage=s3://bucket/runs", "source.uri=s3://bucket/tiles"))
+    assert refuse_uploaded_paths(config_with()) is None
+    assert refuse_uploaded_paths(config_with("storage=s3://bucket/runs", "source.uri=s3://bucket/tiles")) is None
 
 
 @pytest.mark.parametrize("job", [None, {"runtime_env": {}}, {"runtime_env": {"env_vars": {"A": "b"}}}])
@@ -63,7 +63,7 @@ def test_relative_paths_are_fine_where_nothing_was_uploaded(monkeypatch, job):
     monkeypatch.delenv(JOB_CONFIG_VARIABLE, raising=False)
     if job is not None:
         monkeypatch.setenv(JOB_CONFIG_VARIABLE, json.dumps(job))
-    refuse_uploaded_paths(config_with("storage=runs"))
+    assert refuse_uploaded_paths(config_with("storage=runs")) is None
 
 
 def test_local_paths_on_two_hosts_are_refused_with_the_fix():
@@ -87,10 +87,11 @@ def test_local_paths_are_refused_where_an_autoscaler_will_add_hosts():
 
 
 def test_local_paths_are_fine_on_one_host_or_where_they_are_declared_shared():
-    refuse_paths_of_one_host(config_with(), Cluster((HEAD, SAME_HOST), ONE_SMALL_NODE))
-    refuse_paths_of_one_host(config_with("resources.shared_filesystem=true"), Cluster((HEAD, OTHER_HOST), None))
+    assert refuse_paths_of_one_host(config_with(), Cluster((HEAD, SAME_HOST), ONE_SMALL_NODE)) is None
+    shared = config_with("resources.shared_filesystem=true")
+    assert refuse_paths_of_one_host(shared, Cluster((HEAD, OTHER_HOST), None)) is None
     in_a_bucket = config_with("storage=s3://bucket/runs", "source.uri=s3://bucket/tiles")
-    refuse_paths_of_one_host(in_a_bucket, Cluster((HEAD, OTHER_HOST), None))
+    assert refuse_paths_of_one_host(in_a_bucket, Cluster((HEAD, OTHER_HOST), None)) is None
 
 
 def test_more_workers_than_can_ever_be_had_are_refused_with_the_numbers():

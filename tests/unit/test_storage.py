@@ -249,6 +249,7 @@ def small_disk(tmp_path):
     where.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(where)], capture_output=True, text=True)
     if mounted.returncode:
+        # only root mounts, and not in every container
         pytest.skip(f"cannot mount a small disk here: {mounted.stderr.strip()}")
     yield where
     subprocess.run(["umount", str(where)], check=True)

@@ -98,7 +98,7 @@ def _fetch_from_hub(reference: ModelReference) -> str:
         return snapshot_download(
             reference.place, revision=reference.revision, allow_patterns=patterns, ignore_patterns=list(UNUSED_ON_HUB)
         )
-    except Exception as error:
+    except Exception as error:  # as above: the hub's client raises many kinds
         raise UnusableCaptionerError(
             f"caption.model={reference.place}: commit {reference.revision} cannot be downloaded ({one_line(error)}): mend "
             "the connection or the access of the nodes, or use a directory"

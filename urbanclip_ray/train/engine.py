@@ -57,7 +57,7 @@ def attention_kernel(device: torch.device, config: TrainConfig) -> AbstractConte
     """The attention to train with: PyTorch's own choice, but the unfused one for bf16 on a CPU.
 
     There the fused kernel's backward is slow: with 33 to 129 tokens the unfused one takes half to two thirds of its time
-    (torch 2.14, AVX-512 bf16; it loses from about 200 tokens on).
+    (torch 2.14, AVX-512 bf16; with 257 it loses).
     """
     unfused = device.type == "cpu" and config.precision == "bf16"
     return sdpa_kernel(SDPBackend.MATH) if unfused else nullcontext()

@@ -142,6 +142,6 @@ def test_a_model_that_takes_no_images_is_refused_with_its_place(tmp_path):
 
 def test_a_spread_over_devices_without_accelerate_is_refused(captioner):
     if importlib.util.find_spec("accelerate"):
-        pytest.skip("accelerate is installed")
+        pytest.skip("accelerate is installed: what is refused without it cannot be seen here")
     with pytest.raises(UnusableCaptionerError, match="accelerate"):
         captioner("blip", device_map="auto")
