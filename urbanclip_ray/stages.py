@@ -62,7 +62,7 @@ class Run:
 
     @cached_property
     def caption_model(self) -> ModelReference | None:
-        return resolve_model(self.config.caption) if self.config.caption.captioner == "transformers" else None
+        return resolve_model(self.config.caption) if self.config.caption.uses_model else None
 
     @cached_property
     def start(self) -> str:

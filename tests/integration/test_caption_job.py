@@ -51,5 +51,5 @@ def test_plan_preview_captions_and_a_second_run(kind, vision_language_models, tm
     assert 6 <= made["from_store"] <= 10
     job("ingest", "--set", "run=second")
     job("caption", "--set", "run=second")
-    assert facts("second") == {"from_store": NUM_TILES, "generated": 0}
+    assert facts("second") == {"given": 0, "from_store": NUM_TILES, "generated": 0}
     assert "0 are to be generated" in job("caption", "--plan")

@@ -33,6 +33,8 @@ SMALL = [  # what the README gives for a machine without a GPU
     "train.validations=1",
     "embed.gpus_per_actor=0",
     "resources.use_gpu=false",
+    "caption.model=",
+    "caption.gpus_per_actor=0",
     "split.num_draws=2",
     "probe.mlp_max_epochs=3",
 ]

@@ -39,24 +39,29 @@ class CaptionWork(NamedTuple):
     config: CaptionConfig
     pixels: PixelsConfig
     given: pa.Table | None = None  # the source's own captions (tile_id, text), for the captioner `given`
-    model: ModelReference | None = None  # for the captioner `transformers`
-    store_uri: str = ""  # of the caption store, which `transformers` uses
+    model: ModelReference | None = None  # for `transformers`, and for what `given` has no caption of
+    store_uri: str = ""  # of the caption store, which a model uses
 
-    def origin(self) -> Origin:
-        """What will make the captions; no model is loaded for it."""
+    def origins(self) -> list[Origin]:
+        """What will make the captions, in the order in which it is asked; no model is loaded for it."""
+        made_by = [source_captions.ORIGIN] if self.config.captioner == "given" else []
         if self.model is not None:
-            origin = vision_language.origin_of(self.config, self.model)
-        else:
-            origin = source_captions.ORIGIN if self.config.captioner == "given" else land_cover.ORIGIN
-        return origin._replace(decoding=origin.decoding | self.pixels.content())
+            made_by.append(vision_language.origin_of(self.config, self.model))
+        elif not made_by:
+            made_by.append(land_cover.ORIGIN)
+        return [origin._replace(decoding=origin.decoding | self.pixels.content()) for origin in made_by]
 
     def store(self) -> CaptionStore | None:
-        """What the store holds of this origin; None for captioners that cost less than a look-up."""
+        """What the store holds of the model's captions; None for captioners that cost less than a look-up."""
         if self.model is None:
             return None
-        store = CaptionStore(self.store_uri, self.origin())
+        store = CaptionStore(self.store_uri, self.origins()[-1])
         store.refresh()
         return store
+
+    def given_tiles(self) -> set[str]:
+        """Ids of the tiles that the source describes."""
+        return set() if self.given is None else set(self.given["tile_id"].to_pylist())
 
 
 def caption_tiles(work: CaptionWork, publication: Publication) -> None:
@@ -78,14 +83,17 @@ def caption_tiles(work: CaptionWork, publication: Publication) -> None:
         ) from error
     _count(publication, work)
     if store is not None:
-        _count_generated(publication, work.origin(), known)
+        _count_generated(publication, store.origin, known)
 
 
 def describe_rows(rows: ray.data.Dataset, work: CaptionWork, actor: type[CaptionBatch] | None = None) -> ray.data.Dataset:
     """Rows of captions from rows of tiles (`TILE_COLUMNS`), described in actors of this class."""
     config = work.config
     if config.captioner == "given" and (work.given is None or work.given.num_rows == 0):
-        raise ConfigError("caption.captioner=given, but the source brings no captions: use caption.captioner=land_cover")
+        raise ConfigError(
+            "caption.captioner=given, but the source brings no captions: use caption.captioner=land_cover, or transformers "
+            "with a caption.model"
+        )
     with warnings.catch_warnings():
         # Ray's default is to try for ever, and its only way to bound that is an option without a name of its own, which
         # it warns of in 2.60 and has not replaced.
@@ -102,44 +110,46 @@ def describe_rows(rows: ray.data.Dataset, work: CaptionWork, actor: type[Caption
 
 
 class CaptionBatch:
-    """A Ray Data actor around one captioner. Follows a batch of tiles to rows of captions."""
+    """A Ray Data actor around the captioners. Follows a batch of tiles to rows of captions."""
 
     def __init__(self, work: CaptionWork, given_captions: Any) -> None:
         self._pixels = work.pixels
-        self._origin = work.origin()
-        self._captioner = _build_captioner(work, given_captions)
+        self._captioners = [(origin, _build_captioner(origin, work, given_captions)) for origin in work.origins()]
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.to_pylist()
-        readable = [row for row in rows if row["error"] is None]
-        described = dict(
-            zip(
-                (row["tile_id"] for row in readable),
-                self._captioner.describe([Tile(row["tile_id"], row["image"], self._pixels) for row in readable]),
-                strict=True,
-            )
-        )
+        described = self._describe([Tile(row["tile_id"], row["image"], self._pixels) for row in rows if row["error"] is None])
+        last, _ = self._captioners[-1]
         out: list[dict[str, Any]] = []
         for row in rows:
-            texts = described.get(row["tile_id"], ValueError(f"{UNREADABLE}: {row['error']}"))
-            common = {"tile_id": row["tile_id"], "model": self._origin.model, "prompt": self._origin.prompt}
+            unreadable = (last, ValueError(f"{UNREADABLE}: {row['error']}"))
+            origin, texts = described.get(row["tile_id"], unreadable)
+            common = {"tile_id": row["tile_id"], "model": origin.model, "prompt": origin.prompt}
             for sample, text in enumerate([None] if isinstance(texts, Exception) else texts):
-                key = self._origin.key(row["sha256"] or row["tile_id"], sample)
+                key = origin.key(row["sha256"] or row["tile_id"], sample)
                 error = _reason(texts) if isinstance(texts, Exception) else None
                 out.append(common | {"caption_key": key, "text": text, "error": error})
         return dataflow.conform({name: [row[name] for row in out] for name in CAPTIONS.names}, CAPTIONS)
 
+    def _describe(self, tiles: list[Tile]) -> dict[str, tuple[Origin, list[str] | Exception]]:
+        """Texts or errors by tile id, and who made them; a captioner is asked what the one before it could not say."""
+        described: dict[str, tuple[Origin, list[str] | Exception]] = {}
+        left = tiles
+        for origin, captioner in self._captioners:
+            for tile, texts in zip(left, captioner.describe(left), strict=True):
+                described[tile.tile_id] = origin, texts
+            left = [tile for tile in left if isinstance(described[tile.tile_id][1], Exception)]
+        return described
 
-def _build_captioner(work: CaptionWork, given_captions: Any) -> Captioner:
+
+def _build_captioner(origin: Origin, work: CaptionWork, given_captions: Any) -> Captioner:
     model, config = work.model, work.config
-    if model is not None:
-        store = CaptionStore(work.store_uri, work.origin())
-        return StoredCaptioner(
-            store, config.decoding.num_samples, lambda: vision_language.VisionLanguageCaptioner(config, model)
-        )
-    if config.captioner == "given":
+    if origin.model == source_captions.ORIGIN.model:
         return source_captions.GivenCaptioner(ray.get(given_captions))
-    return land_cover.LandCoverCaptioner()
+    if model is None:
+        return land_cover.LandCoverCaptioner()
+    store = CaptionStore(work.store_uri, origin)
+    return StoredCaptioner(store, config.decoding.num_samples, lambda: vision_language.VisionLanguageCaptioner(config, model))
 
 
 def _reason(error: Exception) -> str:
@@ -177,10 +187,11 @@ def _count(publication: Publication, work: CaptionWork) -> None:
 
 
 def _count_generated(publication: Publication, origin: Origin, known: set[str]) -> None:
-    """Facts: the model, and how many of the captions were in the store before this run."""
-    written = publication.read(["caption_key", "error"])
-    keys = written.filter(pc.is_null(written["error"]))["caption_key"].to_pylist()
-    from_store = sum(1 for key in keys if key in known)
-    publication.facts["captions"] = {"from_store": from_store, "generated": len(keys) - from_store}
-    print(f"captions: {from_store:,} from the store, {len(keys) - from_store:,} generated")
+    """Facts: the model, and how many of the captions were given, or were in the store before this run."""
+    written = publication.read(["caption_key", "model", "error"])
+    written = written.filter(pc.is_null(written["error"]))
+    keys = written.filter(pc.equal(written["model"], origin.model))["caption_key"].to_pylist()
+    from_store, num_given = sum(1 for key in keys if key in known), written.num_rows - len(keys)
+    publication.facts["captions"] = {"given": num_given, "from_store": from_store, "generated": len(keys) - from_store}
+    print(f"captions: {num_given:,} given, {from_store:,} from the store, {len(keys) - from_store:,} generated")
     publication.facts["model"] = {"name": origin.model, "revision": origin.revision}

@@ -50,11 +50,15 @@ class CaptionPlan(NamedTuple):
 def plan_captions(work: CaptionWork, num_timed_tiles: int = NUM_TIMED_TILES) -> CaptionPlan:
     """Count what is there, and time a sample of what is not. The sample's captions go to the store.
 
+    Tiles that the source describes cost nothing: beside a model, they are left out.
+
     Raises CaptionError when the captioner cannot be used.
     """
     table = work.tiles.read(["tile_id", "sha256", "error"])
     readable = {row["tile_id"]: row["sha256"] for row in table.to_pylist() if row["error"] is None}
-    store, origin = work.store(), work.origin()
+    if work.model is not None:
+        readable = {tile_id: readable[tile_id] for tile_id in readable.keys() - work.given_tiles()}
+    store, origin = work.store(), work.origins()[-1]
     samples = work.config.decoding.num_samples
     tile_of = {sha256: tile_id for tile_id, sha256 in readable.items()}
     missing = [tile_of[sha256] for sha256 in tile_of if store is None or store.find(sha256, samples) is None]

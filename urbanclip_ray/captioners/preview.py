@@ -38,10 +38,11 @@ def preview_captions(work: CaptionWork, run_uri: str, num_tiles: int = NUM_TILES
     tiles = draw_tiles(work.tiles, readable, num_tiles)
     captions = describe_tiles(tiles, work)
     refuse_unusable([error for error in captions["error"].to_pylist() if error is not None])
-    origin = work.origin()
+    *before, origin = work.origins()
     page = _template().render(
         origin=origin,
         captioner=work.config.captioner,
+        before=before,
         num_tiles=tiles.num_rows,
         num_readable=len(readable),
         seed=SAMPLE_SEED,
@@ -60,6 +61,7 @@ def _rows(tiles: pa.Table, captions: pa.Table, work: CaptionWork) -> list[dict[s
         {
             "tile_id": tile["tile_id"],
             "image": _thumbnail(Tile(tile["tile_id"], tile["image"], work.pixels)),
+            "model": by_tile[tile["tile_id"]][0]["model"],
             "texts": [caption["text"] for caption in by_tile[tile["tile_id"]] if caption["error"] is None],
             "errors": [caption["error"] for caption in by_tile[tile["tile_id"]] if caption["error"] is not None],
         }

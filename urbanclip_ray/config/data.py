@@ -52,8 +52,9 @@ class DecodingConfig(Section):
 class CaptionConfig(Section):
     """Who describes the tiles.
 
-    `given`: the source itself; `land_cover`: the rule-based baseline; `transformers`: an image-text-to-text model of the
-    transformers library. The keys from `model` to `device_map` are of the last alone.
+    `given`: the source itself, and `model`, where one is named, for tiles that the source describes with no word;
+    `land_cover`: the rule-based baseline; `transformers`: an image-text-to-text model of the transformers library. The keys
+    from `model` to `device_map` are of such a model.
     """
 
     captioner: Literal["given", "land_cover", "transformers"] = "land_cover"
@@ -82,9 +83,13 @@ class CaptionConfig(Section):
             )
         return self
 
+    @property
+    def uses_model(self) -> bool:
+        return self.captioner == "transformers" or (self.captioner == "given" and bool(self.model))
+
     def content(self) -> dict[str, Any]:
         content = super().content()
-        if self.captioner == "transformers":
+        if self.uses_model:
             return content
         return {name: content[name] for name in ("captioner", "max_error_share")}
 

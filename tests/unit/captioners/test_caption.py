@@ -84,8 +84,8 @@ def test_rows_and_keys_do_not_depend_on_batching(tiles, described, tmp_path):
 
 def test_a_margin_cut_off_makes_other_keys(tiles, described):
     config = CaptionConfig()
-    uncut = CaptionWork(tiles, config, PixelsConfig()).origin()
-    cut = CaptionWork(tiles, config, PixelsConfig(crop_bottom_px=2)).origin()
+    uncut = CaptionWork(tiles, config, PixelsConfig()).origins()[-1]
+    cut = CaptionWork(tiles, config, PixelsConfig(crop_bottom_px=2)).origins()[-1]
     assert described.read()["caption_key"][0].as_py() == uncut.key(hashlib.sha256(png(0)).hexdigest(), 0)
     assert cut.key("ab", 0) != uncut.key("ab", 0)
 

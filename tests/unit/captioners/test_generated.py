@@ -85,7 +85,7 @@ def test_blip_previews_then_captions_what_is_missing_and_then_nothing(tiles, vis
     assert manifest.facts["model"] == {"name": "blip", "revision": work.model.revision}
 
     again = caption(work._replace(config=work.config.model_copy(update={"tiles_per_batch": 5})), tmp_path / "again")
-    assert again.manifest.facts["captions"] == {"from_store": NUM_TILES - 1, "generated": 0}
+    assert again.manifest.facts["captions"] == {"given": 0, "from_store": NUM_TILES - 1, "generated": 0}
     rows = {row["tile_id"]: row for row in first.read().to_pylist()}
     assert again.read().to_pylist() == first.read().to_pylist()
     assert rows["<b>/06"]["text"] == rows["<b>/07"]["text"]
@@ -115,6 +115,34 @@ def test_a_chat_model_from_a_uri_is_planned_and_captioned_with_several_samples(t
     assert len({row["caption_key"] for row in rows}) == 20
     assert {row["model"] for row in rows} == {"qwen2_vl"}
     assert list((tmp_path / "cache" / "models").glob("*/model.safetensors"))
+
+
+def test_a_model_describes_what_the_source_gives_no_caption_of(tiles, vision_language_models, tmp_path):
+    work = make_work(tiles, str(vision_language_models["blip"]), tmp_path)
+    alone = {row["tile_id"]: row for row in caption(work, tmp_path / "alone").read().to_pylist()}
+    described = [tile_id for tile_id, row in alone.items() if row["error"] is None][:8]
+    given = pa.table({"tile_id": [*described, described[0]], "text": [f"Caption {n}." for n in range(9)]})
+    config = work.config.model_copy(update={"captioner": "given"})
+    mixed = work._replace(config=config, given=given, store_uri=str(tmp_path / "another_store"))
+    assert plan_captions(mixed, 2).num_tiles == NUM_TILES - 1 - 8
+
+    dataset = caption(mixed, tmp_path / "mixed")
+    rows = dataset.read().to_pylist()
+    by_source = {"given": [], "blip": []}
+    for row in rows:
+        by_source[row["model"]].append(row)
+    assert [(row["tile_id"], row["text"]) for row in by_source["given"]] == sorted(
+        zip(given["tile_id"].to_pylist(), given["text"].to_pylist(), strict=True), key=lambda pair: pair[0]
+    )
+    assert by_source["blip"] == [alone[row["tile_id"]] for row in by_source["blip"]]  # keys as well
+    assert {row["tile_id"] for row in rows} == set(alone)
+    facts = dataset.manifest.facts["captions"]
+    assert (facts["given"], facts["from_store"] + facts["generated"]) == (9, 3)
+    assert dataset.manifest.rejects == {"unreadable tile": 1}
+
+    page = Path(preview_captions(mixed, str(tmp_path / "run"), 11)).read_text()
+    assert page.count(", given</div>") == 8
+    assert page.count(", blip</div>") == 3
 
 
 def test_a_model_that_cannot_be_loaded_stops_the_stage_whatever_share_of_errors_is_allowed(tiles, tmp_path):
