@@ -15,6 +15,7 @@ import ray
 import ray.train
 import ray.tune
 import torch.distributed as dist
+from ray.train.v2._internal.execution import context as ray_train_context  # whose logger is named by its file
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
@@ -206,7 +207,7 @@ class ReportScore:
             write_record(self._job.uri, read_record(self._job.uri).with_report(report))
             number = self._job.trial.number
             print(f"trial {number}: {samples:,} of {report.total_samples:,} samples, validation R² {score:.3f}", flush=True)
-        logging.getLogger("ray.train").setLevel(logging.WARNING)  # or every rank prints every report, in Ray's words
+        logging.getLogger(ray_train_context.__file__).setLevel(logging.WARNING)  # or every rank prints every report
         ray.train.report(report.model_dump())
 
 

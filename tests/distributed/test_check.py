@@ -112,6 +112,35 @@ def test_a_relative_path_in_an_uploaded_directory_is_refused_before_any_ray_is_s
     assert result.stderr.startswith("error: storage=runs lies in the working directory that was uploaded with this job")
 
 
+@contextmanager
+def node_of_another_host(address: str, environment: dict[str, str], folder: Path) -> Iterator[None]:
+    """A node of the cluster that runs under another host name, which a namespace of its own allows."""
+    ray = Path(sys.executable).parent / "ray"
+    start = f"hostname another-host && exec {ray} start --address={address} --num-cpus=1 --block"
+    with (
+        (folder / "node.log").open("w+") as log,
+        subprocess.Popen(
+            ["unshare", "--map-root-user", "--uts", "sh", "-c", start], env=environment, stdout=log, stderr=subprocess.STDOUT
+        ) as node,
+    ):
+        deadline = time.monotonic() + LIMIT_S
+        while "--block" not in (said := (folder / "node.log").read_text()) and time.monotonic() < deadline:
+            if node.poll() is not None:
+                pytest.skip(f"this machine lets nobody run a node under another host name: {said.strip()}")
+            time.sleep(0.2)
+        yield
+        node.terminate()
+
+
+def test_local_paths_on_two_hosts_are_refused(city, tmp_path):
+    environment = clean_environment(RAY_AUTH_MODE="disabled")
+    with several_nodes(1, environment) as address, node_of_another_host(address, environment, tmp_path):
+        result = run_pipeline(city, RAY_ADDRESS=address, RAY_AUTH_MODE="disabled")
+        assert result.returncode == 1
+        assert f"source.uri={city}: local paths, but the cluster has 2 hosts: another-host (" in result.stderr
+        assert "Use s3://bucket/prefix" in result.stderr
+
+
 def test_an_address_where_no_ray_answers_is_named(city):
     result = run_pipeline(city, RAY_ADDRESS="127.0.0.1:1", RAY_AUTH_MODE="disabled")
     assert result.returncode == 1

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
+import ray
 import ray.train
 from ray.train import LoggingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
 from urbanclip_ray import dataflow
 from urbanclip_ray.cluster import worker_resources
@@ -126,10 +130,31 @@ def _run_workers(spec: TrainSpec, config: RunConfig, publication: Publication, c
         ),
     )
     try:
-        trainer.fit()
+        with _own_cluster_named():
+            trainer.fit()
     except ray.train.WorkerGroupError as failure:
         for reason in failure.worker_failures.values():
             if isinstance(reason, UserError):
                 raise TrainError(str(reason)) from failure
         raise
     delete_folder(state_uri)  # Ray's own state of a finished run; our checkpoints lie elsewhere
+
+
+@contextmanager
+def _own_cluster_named() -> Iterator[None]:
+    """Ray Train's processes know their cluster's address.
+
+    Its watchdog asks whether the run is still alive by an address that it looks up. Without one in its environment that is
+    the Ray which this machine started last, whoever it belongs to; that one knows nothing of the run, and the watchdog
+    then takes the workers' places away.
+    """
+    name = "RAY_ADDRESS"
+    before = os.environ.get(name)
+    os.environ[name] = ray.get_runtime_context().gcs_address
+    ENV_VARS_TO_PROPAGATE.add(name)
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
