@@ -14,7 +14,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from urbanclip_ray.config import ResourcesConfig
 
 HEAD_RESOURCE = "node:__internal_head__"
-ONE_HOST_PROVIDERS = ("fake_multinode",)  # their nodes are processes of the head's machine
+# whose nodes are processes of the head's machine: Ray's, and ours of cluster/local.yaml
+ONE_HOST_PROVIDERS = ("fake_multinode", "local_nodes.LocalNodes")
 HEAD_TIMEOUT_S = 15.0
 
 
@@ -150,7 +151,8 @@ def read_autoscaler(gcs_port: int) -> Autoscaler | None:
 def parse_autoscaler(config: Mapping[str, Any]) -> Autoscaler:
     """The limits in a config of Ray's cluster launcher; defaults as Ray fills them in."""
     max_nodes = int(config.get("max_workers", 2))
-    one_host = config["provider"]["type"] in ONE_HOST_PROVIDERS
+    provider = config["provider"]
+    one_host = provider.get("module", provider["type"]) in ONE_HOST_PROVIDERS
     groups = []
     for name, kind in config["available_node_types"].items():
         most = int(kind.get("max_workers", 0 if name == config.get("head_node_type") else max_nodes))

@@ -153,3 +153,10 @@ def test_a_training_worker_takes_what_the_config_says():
     assert worker_resources(ResourcesConfig(cpus_per_worker=3)) == {"CPU": 3}
     assert worker_resources(ResourcesConfig(use_gpu=True)) == {"CPU": 1, "GPU": 1}
     assert isinstance(parse_node(record("a", "1")), Node)
+
+
+def test_the_nodes_of_make_cluster_share_the_heads_files():
+    config = yaml.safe_load((Path(__file__).parents[2] / "cluster" / "local.yaml").read_text())
+    autoscaler = parse_autoscaler(config)
+    assert autoscaler.one_host
+    assert autoscaler.max_nodes == 4
