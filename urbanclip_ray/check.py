@@ -234,7 +234,7 @@ def check_all_reduce(config: RunConfig) -> Finding:
         return Finding(name, False, _last_line(error), "see whether the nodes reach each other on all ports")
     finally:
         delete_folder(uri)
-    num_workers = config.resources.num_workers
+    num_workers = config.worker_counts()[0]
     seconds = time.monotonic() - start
     return Finding(name, True, f"{counted(num_workers, 'worker')} over {backend} in {seconds:.0f} s")
 
@@ -249,7 +249,7 @@ def all_reduce(config: RunConfig, uri: str) -> str:
         add_up_ranks,
         torch_config=TorchConfig(timeout_s=int(ALL_REDUCE_TIMEOUT_S)),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=resources.num_workers,
+            num_workers=config.worker_counts()[0],
             use_gpu=resources.use_gpu,
             resources_per_worker=worker_resources(resources),
         ),
@@ -261,7 +261,7 @@ def all_reduce(config: RunConfig, uri: str) -> str:
         ),
     )
     found: dict[str, Any] = trainer.fit().return_value
-    expected = sum(range(resources.num_workers))
+    expected = sum(range(config.worker_counts()[0]))
     if found["sum"] != expected:
         raise AssertionError(f"the ranks add up to {found['sum']}, not {expected}")
     return str(found["backend"])

@@ -11,7 +11,7 @@ from rich.text import Text
 from urbanclip_ray.config import ModelConfig, RunConfig
 from urbanclip_ray.stages import SEARCH, SEARCH_STAGES, STAGES, Run, Stage
 from urbanclip_ray.storage import Dataset, dataset_uri, find_dataset, join
-from urbanclip_ray.terminal import open_console
+from urbanclip_ray.terminal import counted, open_console
 
 
 class PlannedStage(NamedTuple):
@@ -122,12 +122,20 @@ def pretraining_facts(run: Run) -> dict[str, str]:
         "model": f"{config.model.architecture}, {count_parameters(config.model):,} parameters{vocabulary}",
         "training rows": f"{about}{num_rows:,}, {train.epochs} epochs",
         "steps": f"{about}{num_steps:,}",
-        "batch sizes": f"{train.micro_batch_size} per worker and forward, {train.contrastive_batch_size} contrastive, "
-        f"{train.global_batch_size} per step",
+        "batch sizes": f"{train.contrastive_batch_size} contrastive, {train.global_batch_size} per step",
         "precision": train.precision,
         "ZeRO stage": str(train.zero_stage),
-        "workers": f"{resources.num_workers} with {resources.cpus_per_worker} CPU{gpus} each",
+        "workers": f"{show_workers(config)}; {resources.cpus_per_worker} CPU{gpus} each",
     }
+
+
+def show_workers(config: RunConfig) -> str:
+    """The numbers of workers that may train, and how each of them takes a contrastive batch."""
+    shown = []
+    for count in config.worker_counts():
+        cut = config.train.cut_step(count)
+        shown.append(f"{count} ({counted(cut.num_forwards, 'forward')} of {cut.rows_per_forward} rows)")
+    return " or ".join(shown)
 
 
 def count_parameters(config: ModelConfig) -> int:

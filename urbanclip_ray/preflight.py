@@ -105,10 +105,9 @@ def list_demands(config: RunConfig, to_make: Sequence[str]) -> list[Demand]:
         demands.append(
             Demand(
                 "training worker",
-                config.resources.num_workers,
+                config.worker_counts()[0],
                 worker_resources(config.resources),
-                "lower resources.num_workers (train.micro_batch_size x workers makes train.contrastive_batch_size), "
-                "resources.cpus_per_worker or resources.use_gpu",
+                "lower resources.num_workers, resources.cpus_per_worker or resources.use_gpu",
             )
         )
     if config.embed.gpus_per_actor and {"embeddings", "untrained"} & set(to_make):

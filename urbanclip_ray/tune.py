@@ -133,9 +133,9 @@ def count_concurrent(config: RunConfig, cluster: dict[str, float]) -> int:
     if config.tune.max_concurrent:
         return config.tune.max_concurrent
     resources = config.resources
-    fit = cluster.get("CPU", 0) / (resources.num_workers * resources.cpus_per_worker)
+    fit = cluster.get("CPU", 0) / (resources.max_workers * resources.cpus_per_worker)
     if resources.use_gpu:
-        fit = min(fit, cluster.get("GPU", 0) / resources.num_workers)
+        fit = min(fit, cluster.get("GPU", 0) / resources.max_workers)
     return max(1, int(fit))
 
 

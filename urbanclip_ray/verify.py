@@ -70,9 +70,9 @@ def find_device(resources: ResourcesConfig) -> dict[str, Any]:
     if not resources.use_gpu:
         return {"kind": "cpu", "name": platform.machine(), "num_cpus": os.cpu_count(), "note": SAID_BY_CPU}
     num_gpus = ray.cluster_resources().get("GPU", 0)
-    if num_gpus < resources.num_workers:
+    if num_gpus < resources.min_workers:
         raise VerificationError(
-            f"{num_gpus:g} GPUs are visible to Ray and {resources.num_workers} needed: see whether nvidia-smi lists one on a "
+            f"{num_gpus:g} GPUs are visible to Ray and {resources.min_workers} needed: see whether nvidia-smi lists one on a "
             "node and CUDA_VISIBLE_DEVICES does not hide it (a cluster that adds GPU nodes on demand must have one up first). "
             "The same code runs without a GPU by: python jobs/verify_gpu.py --cpu"
         )

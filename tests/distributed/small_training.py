@@ -42,8 +42,8 @@ def start(model: torch.nn.Module, stage: int, resident: bool = True, config: Tra
 
     deepspeed_config = engine.deepspeed_config
 
-    def nothing_resident(config: TrainConfig) -> dict[str, Any]:
-        found = deepspeed_config(config)
+    def nothing_resident(config: TrainConfig, num_ranks: int) -> dict[str, Any]:
+        found = deepspeed_config(config, num_ranks)
         return found | {"zero_optimization": found["zero_optimization"] | {"stage3_param_persistence_threshold": 0}}
 
     with pytest.MonkeyPatch.context() as patch:

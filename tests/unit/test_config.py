@@ -70,6 +70,9 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(override, parts):
         ("run=../other", "run", "'../other'"),
         ("run=true", "run", "True"),
         ("resources.num_workers=0", "resources.num_workers", "0"),
+        ("resources.num_workers=many", "resources.num_workers", "'many'"),
+        ("resources.num_workers=[3, 2]", "resources.num_workers", "[3, 2]"),
+        ("resources.num_workers=[1, 2, 3]", "resources.num_workers", "[1, 2, 3]"),
         ("caption.tiles_per_batch=0", "caption.tiles_per_batch", "0"),
         ("train.checkpoint_every_steps=0", "train.checkpoint_every_steps", "0"),
         ("embed.gpus_per_actor=-1", "embed.gpus_per_actor", "-1"),
@@ -96,9 +99,14 @@ def test_every_problem_has_its_line():
     ("overrides", "start", "fix"),
     [
         (["train.global_batch_size=300"], "train.global_batch_size=300 is not a multiple of", "a multiple of it"),
-        (["train.micro_batch_size=64"], "train.contrastive_batch_size=256 is above", "set train.contrastive_batch_size=128"),
-        (["train.micro_batch_size=256"], "train.contrastive_batch_size=256 is below", "set train.micro_batch_size=128 or"),
-        (["resources.num_workers=3"], "train.contrastive_batch_size=256 is below", "set train.contrastive_batch_size=384"),
+        (["resources.num_workers=3"], "train.contrastive_batch_size=256 cannot be shared out to 3 workers", "=258"),
+        (["resources.num_workers=512"], "train.contrastive_batch_size=256 cannot be shared out to 512 workers", "=512"),
+        (
+            ["train.contrastive_batch_size=254", "train.global_batch_size=254", "train.micro_batch_size=64"],
+            "train.contrastive_batch_size=254 is 127 rows for each of 2 workers",
+            "set train.micro_batch_size=127",
+        ),
+        (["resources.num_workers=[5, 7]"], "train.contrastive_batch_size=256 cannot be shared out to 7 workers", "divisor"),
     ],
 )
 def test_batch_sizes_that_do_not_fit_each_other_are_refused_with_the_fix(overrides, start, fix):
@@ -109,15 +117,39 @@ def test_batch_sizes_that_do_not_fit_each_other_are_refused_with_the_fix(overrid
 
 def test_the_fixes_named_for_batch_sizes_are_accepted():
     for overrides in (
-        ["train.micro_batch_size=64", "train.contrastive_batch_size=128"],
-        ["train.micro_batch_size=256", "train.micro_batch_size=128"],
-        ["resources.num_workers=3", "train.contrastive_batch_size=384", "train.global_batch_size=768"],
+        ["resources.num_workers=3", "train.contrastive_batch_size=258", "train.global_batch_size=258"],
+        ["train.contrastive_batch_size=254", "train.global_batch_size=254", "train.micro_batch_size=127"],
         ["train.global_batch_size=1024"],  # four contrastive batches a step
     ):
         config = apply_overrides(DEFAULT, overrides)
-        train = config.train
-        assert train.contrastive_batch_size == train.micro_batch_size * config.resources.num_workers
-        assert train.global_batch_size % train.contrastive_batch_size == 0
+        cut = config.train.cut_step(config.resources.max_workers)
+        assert cut.rows_per_step * config.resources.max_workers == config.train.global_batch_size
+        assert cut.rows_per_contrastive * config.resources.max_workers == config.train.contrastive_batch_size
+
+
+@pytest.mark.parametrize(
+    ("micro", "num_ranks", "expected"),
+    [
+        (128, 2, (128, 1, 2)),  # fits: one forward
+        (256, 2, (128, 1, 2)),  # more than a rank has
+        (64, 2, (64, 2, 2)),
+        (100, 2, (64, 2, 2)),  # no more than asked for, and equally large
+        (128, 1, (128, 2, 2)),
+        (128, 4, (64, 1, 2)),
+        (1, 8, (1, 32, 2)),
+    ],
+)
+def test_a_step_is_cut_into_equal_forwards_of_at_most_a_micro_batch(micro, num_ranks, expected):
+    train = TrainConfig(micro_batch_size=micro, contrastive_batch_size=256, global_batch_size=512)
+    assert train.cut_step(num_ranks) == expected
+
+
+def test_only_numbers_of_workers_that_can_share_out_a_step_are_used():
+    assert apply_overrides(DEFAULT, ["resources.num_workers=[1, 9]"]).worker_counts() == [1, 2, 4, 8]
+    config = apply_overrides(DEFAULT, ["resources.num_workers=[3, 4]"])
+    assert config.worker_counts() == [4]
+    assert (config.resources.min_workers, config.resources.max_workers) == (3, 4)
+    assert DEFAULT.worker_counts() == [2]
 
 
 @pytest.mark.parametrize(
@@ -215,6 +247,7 @@ def test_what_is_made_is_part_of_the_content():
     assert content != TrainConfig(lr=1e-4).content()
     assert content != TrainConfig(augment={"flips": False}).content()
     assert set(TrainConfig.model_fields) - set(content) == {
+        "micro_batch_size",
         "zero_stage",
         "checkpoint_every_steps",
         "keep_checkpoints",

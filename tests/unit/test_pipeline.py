@@ -122,7 +122,6 @@ def test_another_number_of_workers_keeps_the_shards(config, made):
     rerun(config, made)
     tree = config.model_dump()
     tree["resources"]["num_workers"] = 1
-    tree["train"]["micro_batch_size"] = 16  # goes with it: the contrastive batch stays what it is
     made.clear()
     run_stages(RunConfig.model_validate(tree), None)
     assert "shards" not in made

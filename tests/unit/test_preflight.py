@@ -95,7 +95,7 @@ def test_local_paths_are_fine_on_one_host_or_where_they_are_declared_shared():
 
 
 def test_more_workers_than_can_ever_be_had_are_refused_with_the_numbers():
-    config = config_with("resources.num_workers=4", "train.micro_batch_size=64")
+    config = config_with("resources.num_workers=4", "train.contrastive_batch_size=256")
     (demand,) = list_demands(config, ["pretrain"])
     message = (
         r"4 training workers of 1 CPU each: 2 fit on 1 node \(2 CPU\), 3 with all that the autoscaler can start: "

@@ -51,8 +51,9 @@ def test_a_space_that_cannot_be_searched_is_refused_with_the_fix(space, parts):
 
 
 def test_a_choice_that_other_keys_forbid_names_the_trial():
-    config = with_space({"train.micro_batch_size": {"choice": [32, 64]}})
-    with pytest.raises(ConfigError, match=r"trial 1 would be train\.micro_batch_size=\d+: train\.contrastive_batch_size=256"):
+    space = {"train.contrastive_batch_size": {"choice": [128, 512]}, "train.global_batch_size": {"choice": [384, 512]}}
+    config = with_space(space, "train.contrastive_batch_size=128", "train.global_batch_size=512")
+    with pytest.raises(ConfigError, match=r"trial \d+ would be train\.contrastive_batch_size=512 .*=384 is not a multiple"):
         plan_trials(config)
 
 

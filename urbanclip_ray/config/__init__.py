@@ -23,7 +23,7 @@ from urbanclip_ray.config.search import Domain, TuneConfig
 from urbanclip_ray.config.section import ConfigError, Section
 from urbanclip_ray.config.sources import SOURCE_KINDS, FolderSource, RsicdSource, SourceConfig, UrbanClipSource, WorldSource
 from urbanclip_ray.config.stores import StoreConfig
-from urbanclip_ray.config.training import AugmentConfig, ModelConfig, ResourcesConfig, TrainConfig
+from urbanclip_ray.config.training import AugmentConfig, ModelConfig, ResourcesConfig, StepCut, TrainConfig
 
 __all__ = [
     "SOURCE_KINDS",
@@ -48,6 +48,7 @@ __all__ = [
     "SourceConfig",
     "SplitConfig",
     "SplitKind",
+    "StepCut",
     "StoreConfig",
     "TrainConfig",
     "TuneConfig",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, Self
 
 from pydantic import field_validator, model_validator
@@ -53,24 +54,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_batches(self) -> Self:
-        held = self.train.micro_batch_size * self.resources.num_workers
-        wanted = self.train.contrastive_batch_size
-        if wanted > held:
-            raise ValueError(
-                f"train.contrastive_batch_size={wanted} is above train.micro_batch_size x resources.num_workers = "
-                f"{self.train.micro_batch_size} x {self.resources.num_workers} = {held}: contrastive batches that do not "
-                "fit in one forward of all ranks are not supported yet; raise the micro batch or the number of workers, "
-                f"or set train.contrastive_batch_size={held}"
-            )
-        if wanted < held:
-            micro, left_over = divmod(wanted, self.resources.num_workers)
-            fixes = [f"train.contrastive_batch_size={held}"]
-            if micro and not left_over:
-                fixes.insert(0, f"train.micro_batch_size={micro}")
-            raise ValueError(
-                f"train.contrastive_batch_size={wanted} is below train.micro_batch_size x resources.num_workers = {held}: "
-                f"set {' or '.join(fixes)}"
-            )
+        if not self.worker_counts():
+            self.train.cut_step(self.resources.max_workers)  # raises: it says why
         return self
 
     @model_validator(mode="after")
@@ -78,6 +63,15 @@ class RunConfig(Section):
         for key, domain in self.tune.space.items():
             check_searched(self, key, domain)
         return self
+
+    def worker_counts(self) -> list[int]:
+        """The numbers of workers that may train, least first: those of `resources.num_workers` that can share out a step."""
+        counts = []
+        for count in range(self.resources.min_workers, self.resources.max_workers + 1):
+            with suppress(ValueError):
+                self.train.cut_step(count)
+                counts.append(count)
+        return counts
 
     def pretrain_content(self) -> dict[str, Any]:
         """What decides the weights, beside the shards."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from urbanclip_ray.config.section import Section, execution
 
@@ -45,11 +45,32 @@ class AugmentConfig(Section):
     brightness: float = Field(default=0.0, ge=0, lt=1)
 
 
+class StepCut(NamedTuple):
+    """How a rank goes through its share of one optimizer step: so many contrastive batches, each in so many forwards."""
+
+    rows_per_forward: int
+    num_forwards: int  # of a contrastive batch; above 1 its embeddings are cached and their gradients replayed
+    num_contrastive: int  # of an optimizer step
+
+    @property
+    def rows_per_contrastive(self) -> int:
+        return self.rows_per_forward * self.num_forwards
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.rows_per_contrastive * self.num_contrastive
+
+
 class TrainConfig(Section):
-    """Pretraining. Three batch sizes, in rows: per rank and forward, of one contrastive matrix, per optimizer step."""
+    """Pretraining. Three batch sizes, in rows: per rank and forward, of one contrastive matrix, per optimizer step.
+
+    The last two hold over all ranks and stay what they are with any number of workers. The first is the most that a rank
+    takes into one forward: a larger share of a contrastive batch is taken in several, which changes no result but for the
+    patches that `model.patch_dropout` hides.
+    """
 
     epochs: int = Field(default=10, ge=1)
-    micro_batch_size: int = Field(default=128, ge=1)
+    micro_batch_size: int = execution(128, ge=1)
     contrastive_batch_size: int = Field(default=256, ge=2)
     global_batch_size: int = Field(default=256, ge=2)
     lr: float = Field(default=1e-3, gt=0)
@@ -59,6 +80,8 @@ class TrainConfig(Section):
     beta2: float = Field(default=0.98, ge=0, lt=1)
     eps: float = Field(default=1e-6, gt=0)
     clip_norm: float = Field(default=1.0, gt=0)
+    # softmax: CLIP's; sigmoid: SigLIP's (arXiv 2303.15343), whose authors start from model.init_temperature=0.1
+    contrastive_loss: Literal["softmax", "sigmoid"] = "softmax"
     contrastive_weight: float = Field(default=1.0, ge=0)
     caption_weight: float = Field(default=1.0, ge=0)
     max_logit_scale: float = Field(default=100.0, gt=1)
@@ -74,6 +97,26 @@ class TrainConfig(Section):
     checkpoint_every_steps: int = execution(100, ge=1)
     keep_checkpoints: int = execution(2, ge=1)
     max_failures: int = execution(2, ge=0)  # restarts after a lost worker before the run gives up
+
+    def cut_step(self, num_ranks: int) -> StepCut:
+        """How each of so many ranks goes through a step; raises ValueError with the fix where it cannot be shared out."""
+        rows, left_over = divmod(self.contrastive_batch_size, num_ranks)
+        if left_over or not rows:
+            above = -(-self.contrastive_batch_size // num_ranks) * num_ranks
+            raise ValueError(
+                f"train.contrastive_batch_size={self.contrastive_batch_size} cannot be shared out to {num_ranks} workers: set "
+                f"resources.num_workers to a divisor of it, or train.contrastive_batch_size={above} and "
+                f"train.global_batch_size={above * (self.global_batch_size // self.contrastive_batch_size)}"
+            )
+        most = min(rows, self.micro_batch_size)
+        size = next(size for size in range(most, 0, -1) if rows % size == 0)
+        if 2 * size < most:
+            raise ValueError(
+                f"train.contrastive_batch_size={self.contrastive_batch_size} is {rows} rows for each of {num_ranks} workers, "
+                f"which forwards of {most // 2 + 1} to {most} rows cannot share out: set train.micro_batch_size={rows}, or "
+                f"train.contrastive_batch_size and train.global_batch_size to multiples of {most * num_ranks}"
+            )
+        return StepCut(size, rows // size, self.global_batch_size // self.contrastive_batch_size)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -91,7 +134,25 @@ class TrainConfig(Section):
 class ResourcesConfig(Section):
     """What the work may use. None of it changes a result's digest."""
 
-    num_workers: int = execution(2, ge=1)  # training ranks
+    # training ranks; [least, most]: as many as the cluster has, with a restart from the last checkpoint when that changes
+    num_workers: int | tuple[int, int] = execution(2)
     cpus_per_worker: int = execution(1, ge=1)
     use_gpu: bool = execution(False)
     shared_filesystem: bool = execution(False)  # declares that every host has the same local paths (NFS, EFS)
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @field_validator("num_workers", mode="plain")
+    @classmethod
+    def _one_or_two_counts(cls, value: Any) -> int | tuple[int, int]:
+        counts = value if isinstance(value, list | tuple) else [value]
+        are_counts = len(counts) in (1, 2) and all(type(count) is int and count >= 1 for count in counts)
+        if not are_counts or counts[0] > counts[-1]:
+            raise ValueError("a number of workers from 1 on, or [least, most]")
+        return int(counts[0]) if len(counts) == 1 else (int(counts[0]), int(counts[1]))

@@ -85,7 +85,8 @@ def train_steps(
     reader: ShardReader, maker: BatchMaker, config: TrainConfig, rank: int, num_ranks: int, first_step: int
 ) -> Iterator[TrainStep]:
     """The steps of a run from `first_step` on; earlier ones are planned but not read."""
-    rows_per_rank = config.global_batch_size // num_ranks
+    cut = config.cut_step(num_ranks)
+    rows_per_rank = cut.rows_per_step
     last = count_steps(reader.num_rows, config.epochs, config.global_batch_size)
     carried, step, epoch = no_rows(), 0, 0
     while step < last:
@@ -95,7 +96,7 @@ def train_steps(
             if step >= first_step:
                 chosen = slice(first, first + rows_per_rank)
                 rows_now = list(reader.rows(mine.place[chosen]))
-                size = config.micro_batch_size
+                size = cut.rows_per_forward
                 micro = [
                     maker.training(rows_now[at : at + size], mine.epoch[chosen][at : at + size])
                     for at in range(0, rows_per_rank, size)

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -15,14 +16,15 @@ from urbanclip_ray.config import TrainConfig
 REDUCE_BUCKET_NUMEL = 50_000_000  # 200 MB of fp32 gradients; DeepSpeed's default takes 2 GB, however small the model is
 
 
-def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
+def deepspeed_config(config: TrainConfig, num_ranks: int) -> dict[str, Any]:
     """DeepSpeed's dict, for every stage of ZeRO alike.
 
     Parameters stay in fp32; bf16 comes from autocast, gradients are reduced in fp32.
     """
+    cut = config.cut_step(num_ranks)
     return {
-        "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "gradient_accumulation_steps": config.global_batch_size // config.contrastive_batch_size,
+        "train_micro_batch_size_per_gpu": cut.rows_per_forward,
+        "gradient_accumulation_steps": cut.num_forwards * cut.num_contrastive,
         "gradient_clipping": config.clip_norm,
         "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": REDUCE_BUCKET_NUMEL},
         "torch_autocast": {
@@ -49,7 +51,7 @@ def start_engine(model: nn.Module, config: TrainConfig) -> Any:
         betas=(config.beta1, config.beta2),
         eps=config.eps,
     )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, dist.get_world_size()))
     return engine
 
 

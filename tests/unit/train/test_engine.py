@@ -16,17 +16,18 @@ CONFIG = TrainConfig(
 
 
 def test_deepspeeds_dict_follows_from_ours():
-    found = deepspeed_config(CONFIG)
+    found = deepspeed_config(CONFIG, 2)
     assert found["train_micro_batch_size_per_gpu"] == 8
     assert found["gradient_accumulation_steps"] == 4  # contrastive batches of an optimizer step
+    assert deepspeed_config(CONFIG, 1)["gradient_accumulation_steps"] == 8  # forwards of all of them
     assert found["gradient_clipping"] == 0.5
     assert "optimizer" not in found  # ours is passed in
     assert "scheduler" not in found
 
 
 def test_the_stage_is_one_value_and_changes_nothing_else():
-    found = {stage: deepspeed_config(CONFIG.model_copy(update={"zero_stage": stage})) for stage in (0, 1, 2, 3)}
-    assert found[1] == deepspeed_config(CONFIG)
+    found = {stage: deepspeed_config(CONFIG.model_copy(update={"zero_stage": stage}), 2) for stage in (0, 1, 2, 3)}
+    assert found[1] == deepspeed_config(CONFIG, 2)
     for stage, config in found.items():
         assert config["zero_optimization"].pop("stage") == stage
     assert found[0] == found[1] == found[2] == found[3]
@@ -34,7 +35,7 @@ def test_the_stage_is_one_value_and_changes_nothing_else():
 
 @pytest.mark.parametrize(("precision", "autocast"), [("bf16", True), ("fp32", False)])
 def test_bf16_is_autocast_over_fp32_parameters(precision, autocast):
-    found = deepspeed_config(CONFIG.model_copy(update={"precision": precision}))
+    found = deepspeed_config(CONFIG.model_copy(update={"precision": precision}), 2)
     assert found["torch_autocast"] == {"enabled": autocast, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     assert "bf16" not in found
     assert "fp16" not in found
