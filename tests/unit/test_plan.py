@@ -80,7 +80,7 @@ def test_the_plan_shows_stages_sizes_and_places_and_writes_nothing(config, capsy
         "make, after tiles",
         "coca_test_16",
         "about 6, 2 epochs",
-        "8 per worker and forward",
+        "2 (1 forward of 8 rows)",
         "16 per step",
     ):
         assert part in shown
