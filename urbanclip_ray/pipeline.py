@@ -162,4 +162,4 @@ def _retrieval_table(retrieval: Dataset) -> Table:
 def _shown(uri: str) -> str:
     """A local path as seen from here, where that is shorter."""
     relative = uri if "://" in uri else os.path.relpath(uri)
-    return min(uri, relative, key=len)
+    return uri if relative.startswith("..") else relative
