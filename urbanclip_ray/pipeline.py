@@ -160,6 +160,6 @@ def _retrieval_table(retrieval: Dataset) -> Table:
 
 
 def _shown(uri: str) -> str:
-    """A local path as seen from here, where that is shorter."""
+    """A local path as seen from here, where it lies below."""
     relative = uri if "://" in uri else os.path.relpath(uri)
     return uri if relative.startswith("..") else relative
