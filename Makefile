@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 S3_PORT ?= 7480
 
-.PHONY: help venv demo test test-all bench lint cluster cluster-stop s3 s3-stop verify-gpu clean
+.PHONY: help venv demo test test-all faults bench lint cluster cluster-stop s3 s3-stop verify-gpu clean
 
 help:
 	@echo "make demo      install, then run the whole walk on real imagery; writes runs/demo/report/report.html"
 	@echo "make test      install, then run the tests (without those marked slow)"
 	@echo "make test-all  every test; installs an S3 server (Ceph's gateway) for them where there is none"
+	@echo "make faults    kill ranks and nodes of real runs, with storage on the S3 server"
 	@echo "make bench     measure; writes runs/bench.json and prints a table (see tests/benchmarks/README.md)"
 	@echo "make s3        start an S3 server on this machine and say how to use it; make s3-stop ends it"
 	@echo "make lint      formatting, lint and strict types"
@@ -31,11 +32,15 @@ demo: $(STAMP)
 	$(BIN)/python jobs/pipeline.py --recipe world_demo --storage runs
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not fault"
 
 test-all: $(STAMP) lint
 	$(BIN)/python tests/s3_server.py install
-	URBANCLIP_RAY_NEEDS_S3=1 $(BIN)/python -m pytest
+	URBANCLIP_RAY_NEEDS_S3=1 $(BIN)/python -m pytest -m "not fault"
+
+faults: $(STAMP)
+	$(BIN)/python tests/s3_server.py install
+	URBANCLIP_RAY_NEEDS_S3=1 $(BIN)/python -m pytest -m fault
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/run.py

@@ -27,7 +27,7 @@ from urbanclip_ray.search_results import Report, TrialRecord, TrialResult, publi
 from urbanclip_ray.search_space import Trial, measure_content, plan_trials
 from urbanclip_ray.storage import Dataset, Publication, dataset_uri, delete_folder, digest, find_dataset, join, publish, resolve
 from urbanclip_ray.train.launch import pretrain
-from urbanclip_ray.train.loop import TrainError
+from urbanclip_ray.train.guards import TrainError
 from urbanclip_ray.train.shards import count_steps
 
 EVENTS_FOLDER = "ray_tune"  # TensorBoard events with HParams, and what else Tune writes of a trial

@@ -12,20 +12,20 @@ import pyarrow.compute as pc
 import ray
 import ray.train
 from ray.train import LoggingConfig
-from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
 from urbanclip_ray import dataflow
 from urbanclip_ray.cluster import worker_resources
 from urbanclip_ray.config import ConfigError, RunConfig
-from urbanclip_ray.errors import UserError
 from urbanclip_ray.model.architectures import open_clip_config
 from urbanclip_ray.model.pretrained import download_start, file_sha256, identify_start, start_file
 from urbanclip_ray.model.texts import shown_texts
 from urbanclip_ray.model.tokenize import TextTokenizer, open_clip_tokenizer, tokenizer_files, train_bpe
 from urbanclip_ray.model.weights import WEIGHTS_FILE
 from urbanclip_ray.storage import Dataset, Publication, delete_folder, exists, join, list_files, resolve, write_bytes
-from urbanclip_ray.train.loop import AfterStep, TrainError, TrainSpec, train_rank
+from urbanclip_ray.train.guards import TrainError
+from urbanclip_ray.train.loop import AfterStep, TrainSpec, train_rank
+from urbanclip_ray.train.policies import PretrainTrainer, user_error
 
 WORKER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # the patch prints every line twice
@@ -47,7 +47,7 @@ def pretrain(
     after_step: AfterStep | None = None,
     callbacks: Sequence[Any] = (),
 ) -> None:
-    """Train on `config.resources.num_workers` ranks; the same call resumes from the newest checkpoint.
+    """Train on `config.resources.num_workers` ranks; the same call, with any number of them, resumes from the newest checkpoint.
 
     Publishes the folder of weights (see `model.weights`) and `history.json`. `after_step` is called by every rank after
     every step, `callbacks` are Ray Train's.
@@ -68,6 +68,7 @@ def pretrain(
         start_uri=_place_start(config, publication),
         checkpoints_uri=join(publication.uri, "checkpoints"),
         tensorboard_uri=join(publication.uri, "tensorboard"),
+        failures_uri=join(publication.uri, "failures"),
         results_uri=publication.data_uri,
         after_step=after_step,
     )
@@ -111,11 +112,13 @@ def _run_workers(spec: TrainSpec, config: RunConfig, publication: Publication, c
     state_uri = join(publication.uri, "ray_train", publication.attempt)
     filesystem, path = resolve(join(publication.uri, "ray_train"))
     resources = config.resources
-    trainer = TorchTrainer(
+    counts = config.worker_counts()
+    trainer = PretrainTrainer(
         train_rank,
+        worker_counts=counts,
         train_loop_config=spec,
         scaling_config=ray.train.ScalingConfig(
-            num_workers=resources.num_workers,
+            num_workers=counts[0] if len(counts) == 1 else (counts[0], counts[-1]),
             use_gpu=resources.use_gpu,
             resources_per_worker=worker_resources(resources),
         ),
@@ -133,9 +136,8 @@ def _run_workers(spec: TrainSpec, config: RunConfig, publication: Publication, c
         with _own_cluster_named():
             trainer.fit()
     except ray.train.WorkerGroupError as failure:
-        for reason in failure.worker_failures.values():
-            if isinstance(reason, UserError):
-                raise TrainError(str(reason)) from failure
+        if (reason := user_error(failure)) is not None:
+            raise TrainError(str(reason)) from failure
         raise
     delete_folder(state_uri)  # Ray's own state of a finished run; our checkpoints lie elsewhere
 

@@ -11,22 +11,26 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from urbanclip_ray.config import RunConfig, TrainConfig
-from urbanclip_ray.errors import UserError
+from urbanclip_ray.config import RunConfig
 from urbanclip_ray.model.coca import build_model
-from urbanclip_ray.model.losses import LossTerms, contrastive_loss
 from urbanclip_ray.model.pretrained import fill_start
-from urbanclip_ray.model.tokenize import PAD_ID, load_tokenizer
+from urbanclip_ray.model.tokenize import TextTokenizer, load_tokenizer
 from urbanclip_ray.model.weights import weight_files
-from urbanclip_ray.storage import join, open_dataset, write_bytes
-from urbanclip_ray.train.batches import BatchMaker, TrainStep, prefetch, train_steps
-from urbanclip_ray.train.checkpoint import fill_weights, find_checkpoint, restore_rank, save_checkpoint
+from urbanclip_ray.storage import Dataset, join, open_dataset, write_bytes
+from urbanclip_ray.terminal import counted
+from urbanclip_ray.train.batches import BatchMaker, prefetch, train_steps
+from urbanclip_ray.train.checkpoint import fill_weights, find_checkpoint, restore_rank
+from urbanclip_ray.train.checkpoint_writer import CheckpointWriter
 from urbanclip_ray.train.curves import Curves
 from urbanclip_ray.train.device import DEVICE_FILE, describe_rank
-from urbanclip_ray.train.engine import attention_kernel, learning_rate, set_learning_rate, start_engine
-from urbanclip_ray.train.fragments import clamp_parameter, whole_weights
-from urbanclip_ray.train.gather import gather_rows
+from urbanclip_ray.train.engine import attention_kernel, start_engine
+from urbanclip_ray.train.fragments import whole_weights
+from urbanclip_ray.train.guards import TrainError, stop_if_not_finite, stop_if_ranks_differ
+from urbanclip_ray.train.memory import describe_memory, plan_memory
+from urbanclip_ray.train.order import Order
+from urbanclip_ray.train.progress import Progress
 from urbanclip_ray.train.shards import ShardReader, count_steps
+from urbanclip_ray.train.step import take_step
 from urbanclip_ray.train.validate import validate
 
 PRINT_EVERY_S = 15.0
@@ -44,30 +48,75 @@ class TrainSpec(NamedTuple):
     checkpoints_uri: str
     tensorboard_uri: str
     results_uri: str
+    failures_uri: str
     after_step: AfterStep | None = None  # must leave the model, its mode and the random state as they were
     start_uri: str = ""  # safetensors file to start from; empty: random weights
 
 
-class TrainError(UserError, RuntimeError):
-    """Training that cannot go on; the message says what to change."""
+class Rank(NamedTuple):
+    """What a rank trains with, made once at its start."""
+
+    engine: Any  # DeepSpeed's, around a CoCa
+    shards: Dataset
+    reader: ShardReader
+    val_reader: ShardReader
+    order: Order
+    maker: BatchMaker
+    tokenizer: TextTokenizer
+    history: dict[str, Any] | None  # of the checkpoint that it goes on from
 
 
 def train_rank(spec: TrainSpec) -> None:
     """Train on this rank from the newest checkpoint, or from the start; rank 0 writes the weights at the end."""
     config = spec.config.train
+    rank = start_rank(spec)
+    num_steps, first_step = rank.order.num_steps, rank.order.first_step
+    curves = Curves(spec.tensorboard_uri if dist.get_rank() == 0 else None, rank.history, first_step)
+    validate_at = {math.ceil(num_steps * (part + 1) / config.validations) for part in range(config.validations)}
+    clock = Clock(num_steps, first_step)
+    with CheckpointWriter(spec.checkpoints_uri, config.keep_checkpoints) as writer:
+        for step in prefetch(train_steps(rank.reader, rank.maker, rank.order, dist.get_rank())):
+            with attention_kernel(rank.engine.device, config):
+                result = take_step(rank.engine, step, num_steps, config)
+            stop_if_not_finite(result, rank.shards, spec.failures_uri)
+            taken = step.step + 1
+            curves.train(result.record | {"samples_per_s": clock.tick(config.global_batch_size)})
+            clock.show(result.record)
+            if taken in validate_at and rank.val_reader.num_rows:
+                figures = validate(rank.engine, rank.val_reader, rank.maker, rank.tokenizer, config)
+                curves.validation({"step": taken, "epoch": step.epoch, **figures})
+                show_validation(figures, taken, num_steps)
+            if spec.after_step is not None:  # before the checkpoint: whoever resumes from it finds this done
+                spec.after_step(rank.engine, taken, num_steps)
+            if taken % config.checkpoint_every_steps == 0 and taken < num_steps:
+                stop_if_ranks_differ(rank.engine, taken)
+                progress = rank.order.progress_after(taken).to_json() if dist.get_rank() == 0 else {}
+                writer.save(
+                    rank.engine, taken, history=curves.history, progress=progress, files=spec.tokenizer_files
+                )
+    write_results(spec, rank, curves)
+    curves.close()
+    dist.barrier()
+
+
+def start_rank(spec: TrainSpec) -> Rank:
+    """The model with the weights it starts from, its engine, and the order of the rows that are still to come."""
+    config, index, num_ranks = spec.config.train, dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(spec.config.resources.cpus_per_worker)
-    rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    torch.manual_seed(config.seed * 1000 + rank)  # patches hidden in training differ between ranks
+    torch.manual_seed(config.seed * 1000 + index)  # patches hidden in training differ between ranks
     tokenizer = load_tokenizer(spec.tokenizer_files)
     model = build_model(spec.open_clip_config, spec.config.model.seed, spec.config.model.init_temperature)
     shards = open_dataset(spec.shards_uri)
     reader, val_reader = (ShardReader(shards, part, config.shuffle_window_rows) for part in ("train", "val"))
-    num_steps = count_steps(reader.num_rows, config.epochs, config.global_batch_size)
-    if num_steps == 0:
+    if count_steps(reader.num_rows, config.epochs, config.global_batch_size) == 0:
         raise TrainError(
             f"{reader.num_rows} training rows x {config.epochs} epochs do not fill one step of "
             f"train.global_batch_size={config.global_batch_size}: lower it"
         )
+    if index == 0:
+        num_parameters = sum(value.numel() for value in model.parameters())
+        memory = plan_memory(num_parameters, model.embedding_width, model.image_px, config, num_ranks)
+        print(f"{counted(num_ranks, 'worker')}: each will hold {describe_memory(memory)}", flush=True)
     checkpoint = find_checkpoint(spec.checkpoints_uri)
     if checkpoint is not None:
         fill_weights(model, checkpoint)
@@ -75,98 +124,28 @@ def train_rank(spec: TrainSpec) -> None:
         fill_start(model, spec.start_uri)
     engine = start_engine(model, config)
     if checkpoint is not None:
-        restore_rank(engine, checkpoint)
-    first_step = checkpoint.step if checkpoint else 0
-    curves = Curves(spec.tensorboard_uri if rank == 0 else None, checkpoint.history if checkpoint else None, first_step)
+        restore_rank(engine, checkpoint, config.seed)
+    progress = Progress.from_json(checkpoint.progress) if checkpoint else None
+    order = Order(reader.rows_per_file, config, num_ranks, progress)
+    if checkpoint is not None and index == 0:
+        print(f"going on from {checkpoint.uri}, after {order.first_step} of {order.num_steps} steps", flush=True)
     maker = BatchMaker(config, spec.config.pixels, tokenizer, model.image_px)
-    steps = train_steps(reader, maker, config, rank, num_ranks, first_step)
-    validate_at = {math.ceil(num_steps * (part + 1) / config.validations) for part in range(config.validations)}
-    clock = Clock(num_steps, first_step)
-    for step in prefetch(steps):
-        with attention_kernel(engine.device, config):
-            record = take_step(engine, step, num_steps, config)
-        taken = step.step + 1
-        curves.train(record | {"samples_per_s": clock.tick(config.global_batch_size)})
-        clock.show(record, rank)
-        if taken in validate_at and val_reader.num_rows:
-            figures = validate(engine, val_reader, maker, tokenizer, config)
-            curves.validation({"step": taken, "epoch": step.epoch, **figures})
-            show_validation(figures, taken, num_steps, rank)
-        if spec.after_step is not None:  # before the checkpoint: whoever resumes from it finds this done
-            spec.after_step(engine, taken, num_steps)
-        if taken % config.checkpoint_every_steps == 0 and taken < num_steps:
-            save_checkpoint(engine, spec.checkpoints_uri, taken, curves.history, config.keep_checkpoints)
-    with whole_weights(engine):
-        files = weight_files(engine.module, tokenizer) if rank == 0 else {}
+    return Rank(engine, shards, reader, val_reader, order, maker, tokenizer, checkpoint.history if checkpoint else None)
+
+
+def write_results(spec: TrainSpec, rank: Rank, curves: Curves) -> None:
+    """Called by all ranks; rank 0 writes the weights, the history and what it ran on."""
+    with whole_weights(rank.engine):
+        files = weight_files(rank.engine.module, rank.tokenizer) if dist.get_rank() == 0 else {}
+    if dist.get_rank() == 0:
+        files["history.json"] = json.dumps(curves.history).encode()
+        files[DEVICE_FILE] = json.dumps(describe_rank(rank.engine.device)).encode()
     for name, data in files.items():
         write_bytes(join(spec.results_uri, name), data)
-    if rank == 0:
-        write_bytes(join(spec.results_uri, "history.json"), json.dumps(curves.history).encode())
-        write_bytes(join(spec.results_uri, DEVICE_FILE), json.dumps(describe_rank(engine.device)).encode())
-    curves.close()
-    dist.barrier()
 
 
-def take_step(engine: Any, step: TrainStep, num_steps: int, config: TrainConfig) -> dict[str, float]:
-    """One optimizer step over all micro-batches of all ranks; returns the losses of the whole batch."""
-    device = engine.device
-    total_labels = torch.stack([(batch.tokens[:, 1:] != PAD_ID).sum() for batch in step.micro_batches]).sum().to(device)
-    dist.all_reduce(total_labels)
-    lr = learning_rate(step.step, num_steps, config)
-    set_learning_rate(engine, lr)
-    sums = torch.zeros(3, device=device)
-    num_micro = len(step.micro_batches)
-    for batch in step.micro_batches:
-        output = engine(batch.images.to(device), batch.tokens.to(device), config.caption_weight > 0)
-        terms = loss_terms(output, batch.text_keys.to(device), float(total_labels) / num_micro, config)
-        engine.backward(terms.total)
-        engine.step()
-        sums += torch.stack([term.detach() for term in terms]) / num_micro
-    clamp_parameter(engine, "logit_scale", 0.0, math.log(config.max_logit_scale))
-    dist.all_reduce(sums)
-    total, contrastive, caption = (sums / dist.get_world_size()).tolist()
-    if not math.isfinite(total):
-        rows = [int(row) for batch in step.micro_batches for row in batch.row_ids[:8]]
-        raise TrainError(
-            f"the loss is {total} at step {step.step + 1} (first rows of this rank: {rows}): lower train.lr, or set "
-            "train.precision=fp32 to see whether bf16 is the cause"
-        )
-    return {
-        "step": step.step + 1,
-        "epoch": step.epoch,
-        "loss": total,
-        "contrastive": contrastive,
-        "caption": caption,
-        "lr": lr,
-        "logit_scale": float(output.logit_scale.detach()),
-    }
-
-
-def loss_terms(output: Any, text_keys: torch.Tensor, labels_per_batch: float, config: TrainConfig) -> LossTerms:
-    """Losses of a micro-batch, scaled so that the mean over ranks (and micro-batches) is the loss of the whole batch.
-
-    `labels_per_batch`: caption labels of all ranks, averaged over the micro-batches of the step: the caption loss is the
-    mean over all valid tokens of the global batch, not a mean of means.
-    """
-    rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    contrastive = output.image.new_zeros(())
-    if config.contrastive_weight:
-        contrastive = contrastive_loss(
-            output.image,
-            output.text,
-            gather_rows(output.image),
-            gather_rows(output.text),
-            gather_rows(text_keys),
-            rank * len(text_keys),
-            output.logit_scale,
-        )
-    caption = output.caption_sum * num_ranks / max(1.0, labels_per_batch)
-    total = config.contrastive_weight * contrastive + config.caption_weight * caption
-    return LossTerms(total, contrastive, caption)
-
-
-def show_validation(figures: dict[str, float], taken: int, num_steps: int, rank: int) -> None:
-    if rank == 0:
+def show_validation(figures: dict[str, float], taken: int, num_steps: int) -> None:
+    if dist.get_rank() == 0:
         print(
             f"step {taken}/{num_steps} validation: contrastive {figures['contrastive']:.3f}, caption "
             f"{figures['caption']:.3f}, R@10 image to text {figures['image_to_text_r10']:.1%}, text to image "
@@ -190,9 +169,9 @@ class Clock:
         self._last = now
         return speed
 
-    def show(self, record: dict[str, float], rank: int) -> None:
+    def show(self, record: dict[str, float]) -> None:
         taken = int(record["step"])
-        if rank or (self._last - self._shown < PRINT_EVERY_S and taken < self._num_steps):
+        if dist.get_rank() or (self._last - self._shown < PRINT_EVERY_S and taken < self._num_steps):
             return
         self._shown = self._last
         left_s = (self._last - self._start) / max(1, taken - self._first) * (self._num_steps - taken)
