@@ -154,11 +154,12 @@ def loss_terms(output: Any, text_keys: torch.Tensor, labels_per_batch: float, co
         contrastive = contrastive_loss(
             output.image,
             output.text,
-            gather_rows(output.image),
-            gather_rows(output.text),
-            gather_rows(text_keys),
-            rank * len(text_keys),
+            text_keys,
             output.logit_scale,
+            output.logit_bias,
+            kind=config.contrastive_loss,
+            gather=gather_rows,
+            first_row=rank * len(text_keys),
         )
     caption = output.caption_sum * num_ranks / max(1.0, labels_per_batch)
     total = config.contrastive_weight * contrastive + config.caption_weight * caption
