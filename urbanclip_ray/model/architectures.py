@@ -47,9 +47,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def open_clip_config(config: ModelConfig, vocab_size: int | None) -> dict[str, Any]:
+def open_clip_config(config: ModelConfig, vocab_size: int | None, *, logit_bias: float | None = None) -> dict[str, Any]:
     """The open_clip model config of a run. `vocab_size` replaces the architecture's where the tokenizer is our own.
 
+    `logit_bias` is where the bias of the sigmoid loss starts; a model of the softmax loss has none.
     Raises ConfigError for a name that is neither ours nor open_clip's, or whose model is not a CoCa.
     """
     if config.architecture in ARCHITECTURES:
@@ -63,6 +64,8 @@ def open_clip_config(config: ModelConfig, vocab_size: int | None) -> dict[str, A
         found["multimodal_cfg"] |= {"vocab_size": vocab_size}
     if config.patch_dropout:
         found["vision_cfg"] |= {"patch_dropout": config.patch_dropout}
+    if logit_bias is not None:
+        found["init_logit_bias"] = logit_bias
     return found
 
 

@@ -14,18 +14,23 @@ from open_clip.coca_model import CoCa as OpenClipCoCa
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from urbanclip_ray.model.losses import caption_loss_sum, shift_tokens
+from urbanclip_ray.model.losses import CaptionLoss, caption_loss, shift_tokens
 from urbanclip_ray.model.tokenize import PAD_ID
 
 
 class CoCaOutput(NamedTuple):
-    """Of one micro-batch: embeddings [rows, width] fp32 of length 1, the caption loss as sum and count, exp(scale)."""
+    """Of one micro-batch: embeddings [rows, width] fp32 of length 1, the caption loss as sum and count, exp(scale) and bias.
+
+    `caption_rows` [rows] is the caption loss of each row, without gradient.
+    """
 
     image: Tensor
     text: Tensor
     caption_sum: Tensor
+    caption_rows: Tensor
     caption_count: Tensor
     logit_scale: Tensor
+    logit_bias: Tensor  # zero where the model has none
 
 
 class CoCa(nn.Module):
@@ -34,7 +39,7 @@ class CoCa(nn.Module):
     def __init__(self, open_clip_config: dict[str, Any], init_temperature: float = 0.07) -> None:
         super().__init__()
         settings = {key: value for key, value in open_clip_config.items() if key != "custom_text"}
-        # a 0-dim logit scale breaks DeepSpeed's broadcast of parameters: it is [1] here and a scalar in exported weights
+        # a 0-dim parameter breaks DeepSpeed's broadcast: logit scale and bias are [1] here and scalars in exported weights
         self.inner = OpenClipCoCa(
             **settings, nonscalar_logit_scale=True, init_logit_scale=math.log(1 / init_temperature), pad_id=PAD_ID
         )
@@ -88,15 +93,16 @@ class CoCa(nn.Module):
     def forward(self, images: Tensor | None, tokens: Tensor | None, with_caption: bool = True) -> CoCaOutput:
         """A micro-batch of pairs, or images or texts alone: what is not given has an embedding of no rows."""
         scale = self.inner.logit_scale.exp().squeeze(0)
+        bias = scale.new_zeros(()) if self.inner.logit_bias is None else self.inner.logit_bias.clone().squeeze(0)
         nothing = scale.new_zeros(0, self.embedding_width)
         image, image_tokens = (nothing, None) if images is None else self.encode_image(images)
         text, text_tokens = (nothing, None) if tokens is None else self.encode_text(tokens)
-        total, count = scale.new_zeros(()), scale.new_zeros(())
+        caption = CaptionLoss(scale.new_zeros(()), scale.new_zeros(len(text)), scale.new_zeros(()))
         if with_caption and tokens is not None and image_tokens is not None and text_tokens is not None:
             _, labels = shift_tokens(tokens)
             hidden = self.decode(image_tokens, text_tokens[:, :-1])
-            total, count = caption_loss_sum(hidden, self.inner.text_decoder.text_projection, labels, PAD_ID)
-        return CoCaOutput(image, text, total, count, scale)
+            caption = caption_loss(hidden, self.inner.text_decoder.text_projection, labels, PAD_ID)
+        return CoCaOutput(image, text, *caption, scale, bias)
 
 
 def build_model(open_clip_config: dict[str, Any], seed: int, init_temperature: float = 0.07) -> CoCa:

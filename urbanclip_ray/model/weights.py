@@ -25,6 +25,7 @@ from urbanclip_ray.storage import join, read_bytes
 
 WEIGHTS_FILE = "open_clip_model.safetensors"
 CONFIG_FILE = "open_clip_config.json"
+SCALARS = ("logit_scale", "logit_bias")  # in open_clip; [1] in our model
 
 
 class LoadedModel(NamedTuple):
@@ -38,7 +39,7 @@ class LoadedModel(NamedTuple):
 def weight_files(model: CoCa, tokenizer: TextTokenizer) -> dict[str, bytes]:
     """Every file of a folder of weights, by name."""
     state = {name: value.detach().cpu().contiguous() for name, value in model.inner.state_dict().items()}
-    state["logit_scale"] = state["logit_scale"].reshape(())  # a scalar in open_clip
+    state |= {name: state[name].reshape(()) for name in SCALARS if name in state}
     config = {
         "model_cfg": model.config,
         "preprocess_cfg": {
@@ -89,10 +90,15 @@ def load_model_files(files: dict[str, bytes], name: str) -> LoadedModel:
 
 
 def fill_model(model: CoCa, data: bytes) -> None:
-    """Load a safetensors file in open_clip's layout, where the logit scale is a scalar; ValueError says what does not fit."""
+    """Load a safetensors file in open_clip's layout; ValueError says what does not fit.
+
+    A logit bias stays as it is where the file has none: published CoCa weights were trained without.
+    """
     try:
         state = safetensors.torch.load(data)
-        state["logit_scale"] = state["logit_scale"].reshape(1)
+        if model.inner.logit_bias is not None:
+            state.setdefault("logit_bias", model.inner.logit_bias.detach())
+        state |= {name: state[name].reshape(1) for name in SCALARS if name in state}
         model.inner.load_state_dict(state)
     except (RuntimeError, KeyError, safetensors.SafetensorError) as error:
         raise ValueError(str(error)) from None

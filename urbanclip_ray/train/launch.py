@@ -37,6 +37,7 @@ CPU_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
 }
+INIT_LOGIT_BIAS = -10.0  # SigLIP's: nearly all pairs are negatives, and at first most losses are near zero (arXiv 2303.15343)
 START_FOLDER = "start"  # beside the checkpoints, removed when training is done
 
 
@@ -60,10 +61,11 @@ def pretrain(
     num_cut = tokenizer.count_cut(texts)
     print(f"{num_cut} of {len(texts)} training texts are longer than the model's {tokenizer.context_length} tokens and are cut")
     vocab_size = tokenizer.vocab_size if config.model.tokenizer == "bpe" else None
+    logit_bias = INIT_LOGIT_BIAS if config.train.contrastive_loss == "sigmoid" else None
     spec = TrainSpec(
         config=config,
         shards_uri=shards.uri,
-        open_clip_config=open_clip_config(config.model, vocab_size),
+        open_clip_config=open_clip_config(config.model, vocab_size, logit_bias=logit_bias),
         tokenizer_files=tokenizer_files(tokenizer),
         start_uri=_place_start(config, publication),
         checkpoints_uri=join(publication.uri, "checkpoints"),

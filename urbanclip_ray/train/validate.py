@@ -34,14 +34,14 @@ def validate(
     num_rows = min(reader.num_rows, config.max_validation_rows)
     places = list(range(dist.get_rank(), num_rows, dist.get_world_size()))
     mine: dict[str, list[Tensor]] = {name: [] for name in ("image", "text", "key")}
-    caption_sum, caption_count, scale = 0.0, 0, torch.ones(())
+    caption_sum, caption_count, scale, bias = 0.0, 0, torch.ones(()), torch.zeros(())
     texts: list[str] = []
     owner: list[int] = []
     for chosen in _equally_many(places, config.micro_batch_size, engine.device):
         rows = list(reader.rows(np.array(chosen or [0])))
         batch = maker.validation(rows)
         output = engine(batch.images.to(engine.device), batch.tokens.to(engine.device))
-        scale = output.logit_scale.cpu()
+        scale, bias = output.logit_scale.cpu(), output.logit_bias.cpu()
         if not chosen:
             continue
         mine["image"].append(output.image.cpu())
@@ -59,7 +59,7 @@ def validate(
     share = {name: torch.cat(parts) for name, parts in mine.items() if parts}
     share |= {"all_texts": all_texts, "owner": torch.tensor(owner, dtype=torch.int64)}
     dist.all_gather_object(shares, share | {"caption": (caption_sum, caption_count), "places": places})
-    return _summarise(shares, scale, config)
+    return _summarise(shares, scale, bias, config)
 
 
 def _equally_many(items: list[T], size: int, device: torch.device) -> Iterator[list[T]]:
@@ -83,15 +83,15 @@ def _embed(engine: Any, texts: list[str], tokenizer: TextTokenizer, size: int) -
     return torch.cat(parts)
 
 
-def _summarise(shares: list[Any], scale: Tensor, config: TrainConfig) -> dict[str, float]:
+def _summarise(shares: list[Any], scale: Tensor, bias: Tensor, config: TrainConfig) -> dict[str, float]:
     shares = [share for share in shares if "image" in share]
     order = torch.from_numpy(np.argsort(np.concatenate([share["places"] for share in shares])))
     joined = {name: torch.cat([share[name] for share in shares]) for name in ("image", "text", "key")}
     image, text, key = (joined[name][order] for name in ("image", "text", "key"))
     losses = []
     for chunk in torch.split(torch.arange(len(image)), config.contrastive_batch_size):
-        pair = image[chunk], text[chunk]
-        losses.append(float(contrastive_loss(*pair, *pair, key[chunk], 0, scale)) * len(chunk))
+        loss = contrastive_loss(image[chunk], text[chunk], key[chunk], scale, bias, kind=config.contrastive_loss)
+        losses.append(float(loss) * len(chunk))
     recall = recall_at_k(
         image, torch.cat([share["all_texts"] for share in shares]), torch.cat([share["owner"] for share in shares])
     )

@@ -88,6 +88,8 @@ def test_trimmed_text_gives_open_clips_full_length_results(model, kind):
     assert float(ours.logit_scale) == pytest.approx(float(theirs["logit_scale"]))
     reference = F.cross_entropy(theirs["logits"].permute(0, 2, 1), theirs["labels"], ignore_index=PAD_ID)
     close(ours.caption_sum / ours.caption_count, reference)
+    losses = F.cross_entropy(theirs["logits"].permute(0, 2, 1), theirs["labels"], ignore_index=PAD_ID, reduction="none")
+    close(ours.caption_rows, losses.sum(dim=1))
     assert int(ours.caption_count) == int((tokens[:, 1:] != PAD_ID).sum())
 
 
@@ -134,7 +136,8 @@ def test_a_row_does_not_depend_on_the_other_rows_of_its_batch(model):
         alone = [model(images[row : row + 1], trim(tokens[row : row + 1])) for row in range(3)]
     close(torch.cat([output.text for output in alone]), together.text)
     close(torch.cat([output.image for output in alone]), together.image)
-    close(sum(output.caption_sum for output in alone), together.caption_sum)
+    close(torch.stack([output.caption_sum for output in alone]), together.caption_rows)
+    close(together.caption_rows.sum(), together.caption_sum)
 
 
 def test_images_or_texts_alone_have_no_rows_of_the_other_and_no_caption_loss(model):
@@ -148,6 +151,7 @@ def test_images_or_texts_alone_have_no_rows_of_the_other_and_no_caption_loss(mod
     assert float(pairs.caption_sum) > 0
     for output in (only_images, only_texts, without):
         assert float(output.caption_sum) == float(output.caption_count) == 0
+        assert output.caption_rows.tolist() == [0] * len(output.text)
 
 
 def test_the_seed_decides_the_weights_and_the_callers_random_state_is_left_alone():
@@ -166,3 +170,34 @@ def test_the_seed_decides_the_weights_and_the_callers_random_state_is_left_alone
 def test_the_temperature_starts_where_it_is_asked_to():
     scale = build_model(CONFIGS["coca_test_16"], 0, init_temperature=0.2).inner.logit_scale
     assert float(scale.detach().exp()) == pytest.approx(5.0)
+
+
+def test_the_bias_is_the_models_own_and_zero_where_it_has_none():
+    config = open_clip_config(ModelConfig(architecture="coca_test_16"), VOCAB_SIZE, logit_bias=-10.0)
+    model = build_model(config, 0)
+    images, tokens = make_images(model, 2), trim(make_tokens([5, 3], model.inner.text.context_length))
+    bias = model(images, tokens).logit_bias
+    assert (bias.shape, bias.item()) == ((), -10.0)
+    (bias * 3).backward()
+    assert model.inner.logit_bias.grad.tolist() == [3.0]
+    without = build_model(CONFIGS["coca_test_16"], 0)(images, tokens).logit_bias
+    assert (without.shape, without.item(), without.requires_grad) == ((), 0.0, False)
+
+
+def test_in_bf16_the_loss_of_a_model_is_near_that_in_fp32_and_trains_the_same_parameters(model):
+    tokens = trim(make_tokens(lengths_of(model, "short"), model.inner.text.context_length))
+    images = make_images(model, len(tokens))
+    found = {}
+    for bf16 in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            output = model(images, tokens)
+        (output.caption_sum / output.caption_count).backward()
+        found[bf16] = output, {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    (exact, gradients), (output, low_gradients) = found[False], found[True]
+    torch.testing.assert_close(output.caption_rows, exact.caption_rows, rtol=0.03, atol=0.05)
+    assert output.caption_sum.dtype == torch.float32
+    assert low_gradients.keys() == gradients.keys()
+    name = "inner.text_decoder.text_projection"
+    assert low_gradients[name].dtype == torch.float32
+    assert float((low_gradients[name] - gradients[name]).norm() / gradients[name].norm()) < 0.05

@@ -15,7 +15,7 @@ from urbanclip_ray.errors import UserError
 from urbanclip_ray.model.architectures import open_clip_config
 from urbanclip_ray.model.coca import build_model
 from urbanclip_ray.model.tokenize import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, train_bpe
-from urbanclip_ray.model.weights import CONFIG_FILE, WEIGHTS_FILE, load_model, weight_files
+from urbanclip_ray.model.weights import CONFIG_FILE, WEIGHTS_FILE, fill_model, load_model, weight_files
 
 TEXTS = ["a river runs through the city", "dense housing beside a river", "green fields and a lake", "the city from above"]
 
@@ -73,6 +73,35 @@ def test_open_clip_loads_the_folder_and_gives_the_same_embeddings(made, folder):
 def test_the_logit_scale_is_a_scalar_outside_and_a_vector_of_one_inside(made, folder):
     assert safetensors.torch.load(made[2][WEIGHTS_FILE])["logit_scale"].shape == ()
     assert load_model(str(folder)).model.inner.logit_scale.shape == (1,)
+
+
+@pytest.fixture
+def biased(tmp_path):
+    """A model with a logit bias, and its folder."""
+    tokenizer = train_bpe(TEXTS, 320, 24)
+    config = open_clip_config(ModelConfig(architecture="coca_test_16"), tokenizer.vocab_size, logit_bias=-10.0)
+    model = build_model(config, seed=0)
+    with torch.no_grad():
+        model.inner.logit_bias.fill_(-7.5)
+    for name, data in weight_files(model, tokenizer).items():
+        (tmp_path / name).write_bytes(data)
+    return model, tmp_path
+
+
+def test_a_logit_bias_goes_out_as_a_scalar_and_comes_back_here_and_in_open_clip(biased):
+    model, folder = biased
+    assert model.inner.logit_bias.shape == (1,)
+    assert safetensors.torch.load_file(folder / WEIGHTS_FILE)["logit_bias"].shape == ()
+    assert load_model(str(folder)).model.inner.logit_bias.tolist() == [-7.5]
+    theirs = open_clip.create_model(f"local-dir:{folder}")
+    assert (theirs.logit_bias.shape, theirs.logit_bias.item()) == ((), -7.5)
+
+
+def test_weights_without_a_bias_leave_a_models_bias_as_it_was(biased, made):
+    model, _ = biased
+    fill_model(model, made[2][WEIGHTS_FILE])
+    assert model.inner.logit_bias.tolist() == [-7.5]
+    assert model.inner.logit_scale.tolist() == [1.25]
 
 
 def test_the_digest_names_the_weights(made, folder):

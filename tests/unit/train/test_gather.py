@@ -1,54 +1,76 @@
-"""Rows gathered from two ranks, with gradients, are those of one process."""
+"""Rows gathered from two ranks are in rank order, and the contrastive loss over them is that of one process."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from torch.nn import functional as F
 
 sys.path.append(str(Path(__file__).parents[2] / "distributed"))  # ranks must be importable in the spawned processes too
 
 from ranks import run_ranks
 
+from urbanclip_ray.model.losses import contrastive_loss
+from urbanclip_ray.train.gather import gather_rows
+
 NUM_RANKS, ROWS, WIDTH = 2, 3, 4
+KEYS = torch.tensor([100, 101, 102, 2**40, 101, 102 + 2**32])  # one twin across ranks; 2**32 apart is another text
+KINDS = ("softmax", "sigmoid")
 
 
-def all_rows() -> torch.Tensor:
-    return torch.randn(NUM_RANKS * ROWS, WIDTH, generator=torch.Generator().manual_seed(0))
-
-
-def loss_of(rows: torch.Tensor, columns: torch.Tensor, first: int) -> torch.Tensor:
-    """Of one rank: different weights of every row and column, so that order and ownership show."""
-    weights = torch.arange(1.0, 1 + rows.shape[0] * columns.shape[0]).reshape(rows.shape[0], -1) + 10 * first
-    return ((rows @ columns.T) ** 2 * weights).sum()
+def all_rows() -> list[torch.Tensor]:
+    """Images and texts of both ranks, scale and bias."""
+    random = torch.Generator().manual_seed(0)
+    made = [F.normalize(torch.randn(NUM_RANKS * ROWS, WIDTH, generator=random), dim=-1) for _ in range(2)]
+    return [*made, torch.tensor(5.0), torch.tensor(-1.0)]
 
 
 def gather_in_rank() -> dict[str, list]:
     import torch.distributed as dist
 
-    from urbanclip_ray.train.gather import gather_rows
-
     rank = dist.get_rank()
-    rows = all_rows()[rank * ROWS : (rank + 1) * ROWS].clone().requires_grad_()
-    columns = gather_rows(rows)
-    loss_of(rows, columns, rank * ROWS).backward()
-    keys = gather_rows(torch.arange(ROWS) + 100 * rank)  # without gradients
-    strided = gather_rows(rows.detach().T.contiguous().T)
-    return {
-        "columns": columns.tolist(),
-        "gradient": rows.grad.tolist(),
-        "keys": keys.tolist(),
-        "strided": strided.tolist(),
+    own = slice(rank * ROWS, (rank + 1) * ROWS)
+    image, text, *scalars = all_rows()
+    pairs = [value.clone().requires_grad_() for value in (image[own], text[own], *scalars)]
+    gathered = gather_rows(pairs[0])
+    assert not gathered.requires_grad
+    found = {
+        "rows": gathered.tolist(),
+        "strided": gather_rows(image[own].T.contiguous().T).tolist(),
+        "keys": gather_rows(KEYS[own]).tolist(),
+        "numbers": gather_rows(image[own, 0]).tolist(),
     }
+    for kind in KINDS:
+        loss = contrastive_loss(*pairs[:2], KEYS[own], *pairs[2:], kind=kind, gather=gather_rows, first_row=rank * ROWS)
+        found[kind] = [value.tolist() for value in (loss.detach(), *torch.autograd.grad(loss, pairs))]
+    return found
 
 
-def test_rows_and_gradients_of_two_ranks_are_those_of_one_process():
-    whole = all_rows().requires_grad_()
-    sum(loss_of(whole[first : first + ROWS], whole, first) for first in (0, ROWS)).backward()
-    found = run_ranks(gather_in_rank, NUM_RANKS)
-    for result in found:
-        torch.testing.assert_close(torch.tensor(result["columns"]), whole.detach())
-        torch.testing.assert_close(torch.tensor(result["strided"]), whole.detach())
-        assert result["keys"] == [0, 1, 2, 100, 101, 102]
-    torch.testing.assert_close(torch.tensor(found[0]["gradient"] + found[1]["gradient"]), whole.grad, rtol=1e-5, atol=1e-4)
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, list]]:
+    return run_ranks(gather_in_rank, NUM_RANKS)
+
+
+def test_rows_of_two_ranks_are_in_rank_order(ranks):
+    image = all_rows()[0]
+    for found in ranks:
+        assert torch.equal(torch.tensor(found["rows"]), image)
+        assert torch.equal(torch.tensor(found["strided"]), image)
+        assert torch.equal(torch.tensor(found["numbers"]), image[:, 0])
+        assert found["keys"] == KEYS.tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradients_of_two_ranks_are_those_of_one_process(ranks, kind):
+    pairs = [value.requires_grad_() for value in all_rows()]
+    loss = contrastive_loss(*pairs[:2], KEYS, *pairs[2:], kind=kind)
+    image, text, *scalars = torch.autograd.grad(loss, pairs)
+    first, second = ([torch.tensor(value) for value in found[kind]] for found in ranks)
+    torch.testing.assert_close((first[0] + second[0]) / NUM_RANKS, loss.detach())
+    torch.testing.assert_close(torch.cat([first[1], second[1]]) / NUM_RANKS, image)
+    torch.testing.assert_close(torch.cat([first[2], second[2]]) / NUM_RANKS, text)
+    for ours, theirs, whole in zip(first[3:], second[3:], scalars, strict=True):
+        torch.testing.assert_close((ours + theirs) / NUM_RANKS, whole, rtol=1e-5, atol=1e-7)
