@@ -15,8 +15,9 @@ from urbanclip_ray.config import RunConfig, TrainConfig
 from urbanclip_ray.errors import UserError
 from urbanclip_ray.model.coca import build_model
 from urbanclip_ray.model.losses import LossTerms, contrastive_loss
+from urbanclip_ray.model.preprocess import normalise
 from urbanclip_ray.model.pretrained import fill_start
-from urbanclip_ray.model.tokenize import PAD_ID, load_tokenizer
+from urbanclip_ray.model.tokenize import load_tokenizer
 from urbanclip_ray.model.weights import weight_files
 from urbanclip_ray.storage import join, open_dataset, write_bytes
 from urbanclip_ray.train.batches import BatchMaker, TrainStep, prefetch, train_steps
@@ -26,6 +27,7 @@ from urbanclip_ray.train.device import DEVICE_FILE, describe_rank
 from urbanclip_ray.train.engine import attention_kernel, learning_rate, set_learning_rate, start_engine
 from urbanclip_ray.train.fragments import clamp_parameter, whole_weights
 from urbanclip_ray.train.gather import gather_rows
+from urbanclip_ray.train.order import Order
 from urbanclip_ray.train.shards import ShardReader, count_steps
 from urbanclip_ray.train.validate import validate
 
@@ -79,7 +81,8 @@ def train_rank(spec: TrainSpec) -> None:
     first_step = checkpoint.step if checkpoint else 0
     curves = Curves(spec.tensorboard_uri if rank == 0 else None, checkpoint.history if checkpoint else None, first_step)
     maker = BatchMaker(config, spec.config.pixels, tokenizer, model.image_px)
-    steps = train_steps(reader, maker, config, rank, num_ranks, first_step)
+    progress = Order(reader.rows_per_file, config, num_ranks).progress_after(first_step) if checkpoint else None
+    steps = train_steps(reader, maker, config, rank, num_ranks, progress)
     validate_at = {math.ceil(num_steps * (part + 1) / config.validations) for part in range(config.validations)}
     clock = Clock(num_steps, first_step)
     for step in prefetch(steps):
@@ -110,14 +113,14 @@ def train_rank(spec: TrainSpec) -> None:
 def take_step(engine: Any, step: TrainStep, num_steps: int, config: TrainConfig) -> dict[str, float]:
     """One optimizer step over all micro-batches of all ranks; returns the losses of the whole batch."""
     device = engine.device
-    total_labels = torch.stack([(batch.tokens[:, 1:] != PAD_ID).sum() for batch in step.micro_batches]).sum().to(device)
+    total_labels = torch.tensor(step.num_labels, device=device)
     dist.all_reduce(total_labels)
     lr = learning_rate(step.step, num_steps, config)
     set_learning_rate(engine, lr)
     sums = torch.zeros(3, device=device)
     num_micro = len(step.micro_batches)
     for batch in step.micro_batches:
-        output = engine(batch.images.to(device), batch.tokens.to(device), config.caption_weight > 0)
+        output = engine(normalise(batch.images.to(device)), batch.tokens.to(device), config.caption_weight > 0)
         terms = loss_terms(output, batch.text_keys.to(device), float(total_labels) / num_micro, config)
         engine.backward(terms.total)
         engine.step()
