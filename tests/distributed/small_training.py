@@ -10,7 +10,7 @@ import torch
 from urbanclip_ray.config import ModelConfig, TrainConfig
 from urbanclip_ray.model.architectures import open_clip_config
 from urbanclip_ray.model.coca import CoCa, build_model
-from urbanclip_ray.train.batches import TrainBatch, TrainStep
+from urbanclip_ray.train.batches import TrainBatch, TrainStep, count_labels
 
 NUM_RANKS = 2
 VOCAB_SIZE, CONTEXT = 300, 24
@@ -64,7 +64,8 @@ def make_step(step: int) -> dict[str, torch.Tensor]:
     for row, twin in ((5, 1), (2, 3), (14, 8), (9, 3)):  # across ranks, within one, and between contrastive batches
         tokens[row] = tokens[twin]
     keys = torch.tensor([hash(tuple(row)) >> 1 for row in tokens.tolist()])
-    return {"images": torch.randn(len(tokens), 3, 16, 16, generator=random), "tokens": tokens, "keys": keys}
+    images = torch.randint(0, 256, (len(tokens), 16, 16, 3), dtype=torch.uint8, generator=random)
+    return {"images": images, "tokens": tokens, "keys": keys}
 
 
 def share_of(rank: int, step: int) -> TrainStep:
@@ -76,4 +77,4 @@ def share_of(rank: int, step: int) -> TrainStep:
         longest = int((tokens != 0).sum(dim=1).max())
         tokens = tokens[:, : min(longest + 1, CONTEXT)]
         micro.append(TrainBatch(batch["images"][rows], tokens, batch["keys"][rows], torch.arange(rows.start, rows.stop)))
-    return TrainStep(step, 0, micro)
+    return TrainStep(step, 0, sum(count_labels(found.tokens) for found in micro), micro)

@@ -20,6 +20,7 @@ sys.path.append(str(Path(__file__).parent))  # ranks must be importable in the s
 from ranks import run_ranks
 from small_training import CONFIG, CONTEXT, NUM_RANKS, VOCAB_SIZE, make_step, share_of, small_model, start
 
+from urbanclip_ray.model.preprocess import normalise
 from urbanclip_ray.model.tokenize import train_bpe
 from urbanclip_ray.train.engine import learning_rate
 
@@ -66,7 +67,7 @@ def reference(num_steps: int) -> tuple[list[dict[str, float]], dict[str, np.ndar
     records = []
     for step in range(num_steps):
         batch = make_step(step)
-        output = model.inner(batch["images"], batch["tokens"])
+        output = model.inner(normalise(batch["images"]), batch["tokens"])
         contrastive = torch.stack(
             [
                 plain_contrastive(

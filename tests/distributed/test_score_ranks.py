@@ -21,7 +21,7 @@ from urbanclip_ray.evaluate.validation_score import ProbeRows, ValidationScore, 
 from urbanclip_ray.imagery import decode, to_square
 from urbanclip_ray.model.architectures import open_clip_config
 from urbanclip_ray.model.coca import CoCa, build_model
-from urbanclip_ray.model.preprocess import to_tensor
+from urbanclip_ray.model.preprocess import normalise
 from urbanclip_ray.schema import SHARDS
 from urbanclip_ray.storage import Dataset, open_dataset, publish
 
@@ -76,7 +76,7 @@ def score_in_rank(shards: Dataset, rows: ProbeRows) -> dict[str, object]:
 def reference(rows: list[dict], chosen: ProbeRows) -> dict[str, float]:
     model = small_model().eval()
     pixels = [to_square(decode(rows[at]["image"]).crop((0, 0, 20, 16)), 16) for at in chosen.row_ids]
-    images = to_tensor(np.stack(pixels))
+    images = normalise(torch.from_numpy(np.stack(pixels)))
     with torch.no_grad():
         turned = [torch.rot90(way, turns, (2, 3)) for way in (images, images.flip(3)) for turns in range(4)]
         vectors = F.normalize(torch.stack([model.encode_image(view)[0] for view in turned]).sum(dim=0), dim=-1)

@@ -96,9 +96,9 @@ class EmbedBatch:
         import torch
         from torch.nn import functional as F
 
-        from urbanclip_ray.model.preprocess import to_tensor, turned_views
+        from urbanclip_ray.model.preprocess import normalise, turned_views
 
-        images = to_tensor(pixels).to(self._device)
+        images = normalise(torch.from_numpy(pixels).to(self._device))
         with torch.inference_mode():
             total = torch.zeros(())
             for view in turned_views(images, self._views):

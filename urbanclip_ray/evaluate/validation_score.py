@@ -23,7 +23,7 @@ from urbanclip_ray.evaluate.probe import MIN_ROWS, read_indicators
 from urbanclip_ray.evaluate.regression import ProbeData, RidgeProbe
 from urbanclip_ray.evaluate.targets import to_space
 from urbanclip_ray.imagery import crop_margins, decode, to_square
-from urbanclip_ray.model.preprocess import to_tensor, turned_views
+from urbanclip_ray.model.preprocess import normalise, turned_views
 from urbanclip_ray.storage import Dataset
 
 
@@ -114,7 +114,8 @@ class ValidationScore:
         engine.eval()
         parts: list[Tensor] = []
         for first in range(0, len(self._images), self._rows_per_forward):
-            images = to_tensor(self._images[first : first + self._rows_per_forward]).to(engine.device)
+            pixels = torch.from_numpy(self._images[first : first + self._rows_per_forward])
+            images = normalise(pixels.to(engine.device))
             views = [engine(view, None, False).image for view in turned_views(images, self._views)]
             parts.append(F.normalize(torch.stack(views).sum(dim=0), dim=-1))
         engine.train()

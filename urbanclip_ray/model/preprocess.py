@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
 # CLIP's own statistics (open_clip constants), in 0..1: exported weights carry them in their preprocess config
@@ -12,11 +11,11 @@ IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def to_tensor(pixels: np.ndarray) -> torch.Tensor:
-    """uint8 [rows, px, px, 3] -> float32 [rows, 3, px, px], normalised."""
-    scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-    mean = torch.tensor(IMAGE_MEAN).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGE_STD).view(1, 3, 1, 1)
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 [rows, px, px, 3] -> float32 [rows, 3, px, px], on the device where the pixels are: bytes travel, not floats."""
+    scaled = pixels.permute(0, 3, 1, 2).float() / 255
+    mean = torch.tensor(IMAGE_MEAN, device=pixels.device).view(1, 3, 1, 1)
+    std = torch.tensor(IMAGE_STD, device=pixels.device).view(1, 3, 1, 1)
     return ((scaled - mean) / std).contiguous()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -14,30 +14,28 @@ from torch import Tensor
 
 from urbanclip_ray.config import PixelsConfig, TrainConfig
 from urbanclip_ray.imagery import crop_margins, decode, to_square
-from urbanclip_ray.model.preprocess import to_tensor
 from urbanclip_ray.model.texts import shown_texts
-from urbanclip_ray.model.tokenize import TextTokenizer
+from urbanclip_ray.model.tokenize import PAD_ID, TextTokenizer
 from urbanclip_ray.train.augment import augment
-from urbanclip_ray.train.shards import ShardReader, count_steps, no_rows, plan_epoch, rank_rows
+from urbanclip_ray.train.order import Order, StepRows
+from urbanclip_ray.train.shards import ShardReader
+from urbanclip_ray.train.spool import PixelSpool, SpooledBatches
+from urbanclip_ray.train.spool import TrainBatch as TrainBatch  # a step's record is whole here
 
 T = TypeVar("T")
 
 
-class TrainBatch(NamedTuple):
-    """A micro-batch: images [rows, 3, px, px], tokens [rows, places], text_keys [rows] (equal texts, equal keys), row_ids."""
-
-    images: Tensor
-    tokens: Tensor
-    text_keys: Tensor
-    row_ids: Tensor
-
-
 class TrainStep(NamedTuple):
-    """The micro-batches of one optimizer step on one rank."""
+    """The micro-batches of one optimizer step on one rank; they may be gone through more than once.
+
+    Every `num_forwards` consecutive ones are this rank's share of a contrastive batch (`TrainConfig.cut_step`). Where there
+    is more than one, their pixels lie in a temporary file and are read as a micro-batch is asked for.
+    """
 
     step: int
     epoch: int
-    micro_batches: list[TrainBatch]
+    num_labels: int  # tokens to be predicted: all after a text's first, of all the micro-batches
+    micro_batches: Sequence[TrainBatch]
 
 
 def text_key(text: str) -> int:
@@ -74,36 +72,35 @@ class BatchMaker:
 
     def _batch(self, images: list[np.ndarray], texts: list[str], rows: list[dict[str, Any]]) -> TrainBatch:
         return TrainBatch(
-            images=to_tensor(np.stack(images)),
+            images=torch.from_numpy(np.stack(images)),
             tokens=self._tokenizer.encode(texts),
             text_keys=torch.tensor([text_key(text) for text in texts]),
             row_ids=torch.tensor([row["row_id"] for row in rows]),
         )
 
 
-def train_steps(
-    reader: ShardReader, maker: BatchMaker, config: TrainConfig, rank: int, num_ranks: int, first_step: int
-) -> Iterator[TrainStep]:
-    """The steps of a run from `first_step` on; earlier ones are planned but not read."""
-    cut = config.cut_step(num_ranks)
-    rows_per_rank = cut.rows_per_step
-    last = count_steps(reader.num_rows, config.epochs, config.global_batch_size)
-    carried, step, epoch = no_rows(), 0, 0
-    while step < last:
-        rows, carried = plan_epoch(reader.rows_per_file, config.seed, epoch, carried, config.global_batch_size)
-        mine = rank_rows(rows, rank, num_ranks, config.shuffle_window_rows, config.seed, epoch)
-        for first in range(0, len(mine.place), rows_per_rank):
-            if step >= first_step:
-                chosen = slice(first, first + rows_per_rank)
-                rows_now = list(reader.rows(mine.place[chosen]))
-                size = cut.rows_per_forward
-                micro = [
-                    maker.training(rows_now[at : at + size], mine.epoch[chosen][at : at + size])
-                    for at in range(0, rows_per_rank, size)
-                ]
-                yield TrainStep(step, epoch, micro)
-            step += 1
-        epoch += 1
+def train_steps(reader: ShardReader, maker: BatchMaker, order: Order, rank: int) -> Iterator[TrainStep]:
+    """The steps that a rank has still to take. Rows are read a micro-batch at a time."""
+    return (make_step(reader, maker, chosen, order.cut.rows_per_forward) for chosen in order.steps(rank))
+
+
+def make_step(reader: ShardReader, maker: BatchMaker, chosen: StepRows, rows_per_forward: int) -> TrainStep:
+    """The step of the chosen rows, its pixels spooled where it is more than one micro-batch."""
+    place, origin = chosen.rows
+    cuts = [slice(first, first + rows_per_forward) for first in range(0, len(place), rows_per_forward)]
+    made = (maker.training(list(reader.rows(place[cut])), origin[cut]) for cut in cuts)
+    if len(cuts) == 1:
+        batch = next(made)
+        return TrainStep(chosen.step, chosen.epoch, count_labels(batch.tokens), [batch])
+    spool = PixelSpool()
+    spooled = [spool.add(batch) for batch in made]
+    num_labels = sum(count_labels(batch.rest.tokens) for batch in spooled)
+    return TrainStep(chosen.step, chosen.epoch, num_labels, SpooledBatches(spool, spooled))
+
+
+def count_labels(tokens: Tensor) -> int:
+    """Tokens that a caption's loss predicts: those after a text's first that are no padding."""
+    return int((tokens[:, 1:] != PAD_ID).sum())
 
 
 def prefetch(items: Iterable[T], depth: int = 1) -> Iterator[T]:

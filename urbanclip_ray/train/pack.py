@@ -14,7 +14,8 @@ import ray
 from urbanclip_ray import dataflow
 from urbanclip_ray.config import ConfigError, PackConfig
 from urbanclip_ray.schema import SHARDS
-from urbanclip_ray.storage import Dataset, Publication
+from urbanclip_ray.storage import Dataset, Publication, list_files
+from urbanclip_ray.train.parts import ROWS_OF_FILES, describe_files
 
 TILES_PER_BATCH = 256
 
@@ -86,3 +87,5 @@ def _count(publication: Publication, tiles: Dataset, rows: pa.Table, splits: Dat
         },
     )
     publication.facts["parts"] = {part: int(pc.sum(pc.equal(written["part"], part)).as_py() or 0) for part in ("train", "val")}
+    written_files = [f"{publication.attempt}/{info.base_name}" for info in list_files(publication.data_uri)]
+    publication.facts[ROWS_OF_FILES] = describe_files(publication.uri, written_files)  # so that readers open no file to know

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from urbanclip_ray.config import TrainConfig
 from urbanclip_ray.model.losses import contrastive_loss
+from urbanclip_ray.model.preprocess import normalise
 from urbanclip_ray.model.recall import recall_at_k
 from urbanclip_ray.model.texts import shown_texts
 from urbanclip_ray.model.tokenize import TextTokenizer
@@ -40,7 +41,7 @@ def validate(
     for chosen in _equally_many(places, config.micro_batch_size, engine.device):
         rows = list(reader.rows(np.array(chosen or [0])))
         batch = maker.validation(rows)
-        output = engine(batch.images.to(engine.device), batch.tokens.to(engine.device))
+        output = engine(normalise(batch.images.to(engine.device)), batch.tokens.to(engine.device))
         scale, bias = output.logit_scale.cpu(), output.logit_bias.cpu()
         if not chosen:
             continue

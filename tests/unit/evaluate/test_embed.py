@@ -15,7 +15,7 @@ from urbanclip_ray.evaluate.embed import EmbedBatch, embed_tiles
 from urbanclip_ray.imagery import crop_margins, decode, to_square
 from urbanclip_ray.model.architectures import open_clip_config
 from urbanclip_ray.model.coca import build_model
-from urbanclip_ray.model.preprocess import to_tensor
+from urbanclip_ray.model.preprocess import normalise
 from urbanclip_ray.model.tokenize import train_bpe
 from urbanclip_ray.model.weights import load_model, weight_files
 from urbanclip_ray.schema import TILES, embeddings_schema
@@ -85,7 +85,7 @@ def direct(weights: str, images: dict[str, bytes], pixels=PLAIN) -> dict[str, np
     model = load_model(weights).model
     square = np.stack([to_square(crop_margins(decode(image), pixels), 16) for image in images.values()])
     with torch.inference_mode():
-        found = model.encode_image(to_tensor(square))[0].numpy()
+        found = model.encode_image(normalise(torch.from_numpy(square)))[0].numpy()
     return dict(zip(images, found, strict=True))
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
+import json
+import os
 import threading
 import time
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +22,10 @@ from urbanclip_ray.config import AugmentConfig, PixelsConfig, TrainConfig
 from urbanclip_ray.model.tokenize import train_bpe
 from urbanclip_ray.schema import SHARDS
 from urbanclip_ray.storage import open_dataset, publish
+from urbanclip_ray.train import spool
 from urbanclip_ray.train.batches import BatchMaker, prefetch, text_key, train_steps
+from urbanclip_ray.train.order import Order
+from urbanclip_ray.train.progress import Progress
 from urbanclip_ray.train.shards import ShardReader, count_steps
 
 IMAGE_PX = 12
@@ -64,9 +73,27 @@ def maker(config=CONFIG, pixels=None):
     return BatchMaker(config, pixels or PixelsConfig(), TOKENIZER, IMAGE_PX)
 
 
-def steps(packed, rank=0, num_ranks=1, first_step=0, config=CONFIG):
+def steps(packed, rank=0, num_ranks=1, progress=None, config=CONFIG):
     reader = ShardReader(packed, "train", config.shuffle_window_rows)
-    return list(train_steps(reader, maker(config), config, rank, num_ranks, first_step))
+    return list(train_steps(reader, maker(config), Order(reader.rows_per_file, config, num_ranks, progress), rank))
+
+
+def progress_at(packed, step, num_ranks=1, progress=None):
+    """What a checkpoint after that step brings back."""
+    reader = ShardReader(packed, "train", CONFIG.shuffle_window_rows)
+    found = Order(reader.rows_per_file, CONFIG, num_ranks, progress).progress_after(step)
+    return Progress.from_json(json.loads(json.dumps(found.to_json())))
+
+
+def open_files():
+    """Paths under /proc of this process's temporary files."""
+    here = Path("/proc/self/fd")
+    deleted = []
+    for entry in here.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the one that lists this folder
+            if os.readlink(entry).endswith("(deleted)"):
+                deleted.append(str(entry))
+    return set(deleted)
 
 
 def samples(all_steps):
@@ -85,8 +112,8 @@ def test_a_batch_has_the_stated_shapes(packed):
     assert (first.step, first.epoch) == (0, 0)
     assert len(first.micro_batches) == 2  # 8 rows a step over two ranks, two at a time
     for batch in first.micro_batches:
-        assert batch.images.shape == (2, 3, IMAGE_PX, IMAGE_PX)
-        assert batch.images.dtype == torch.float32
+        assert batch.images.shape == (2, IMAGE_PX, IMAGE_PX, 3)
+        assert batch.images.dtype == torch.uint8
         assert batch.tokens.shape[0] == batch.text_keys.shape[0] == batch.row_ids.shape[0] == 2
         assert batch.text_keys.dtype == batch.row_ids.dtype == batch.tokens.dtype == torch.int64
 
@@ -132,7 +159,7 @@ def test_a_row_becomes_the_same_samples_whatever_rank_reads_it(packed):
 
 @pytest.mark.parametrize("first_step", [1, 3, 5])
 def test_going_on_at_a_step_gives_the_same_batches_as_running_through(packed, first_step):
-    through, resumed = steps(packed, 1, 2), steps(packed, 1, 2, first_step)
+    through, resumed = steps(packed, 1, 2), steps(packed, 1, 2, progress_at(packed, first_step, 2))
     assert len(through) == count_steps(NUM_ROWS, CONFIG.epochs, CONFIG.global_batch_size) == 8
     assert [(step.step, step.epoch) for step in resumed] == [(step.step, step.epoch) for step in through[first_step:]]
     for ours, theirs in zip(resumed, through[first_step:], strict=True):
@@ -141,7 +168,102 @@ def test_going_on_at_a_step_gives_the_same_batches_as_running_through(packed, fi
 
 
 def test_a_finished_run_has_no_more_steps(packed):
-    assert steps(packed, first_step=8) == []
+    assert steps(packed, progress=progress_at(packed, 8)) == []
+
+
+def test_a_run_goes_on_with_other_ranks_to_the_same_samples_and_no_sample_twice(packed):
+    through, progress, taken = samples(steps(packed)), None, []
+    for num_ranks, last in ((4, 2), (1, 5), (2, 8)):  # killed after steps 2 and 5; the second epoch begins within step 3
+        for rank in range(num_ranks):
+            taken += [step for step in steps(packed, rank, num_ranks, progress) if step.step < last]
+        progress = progress_at(packed, last, num_ranks, progress)
+    assert {row: sorted(found) for row, found in samples(taken).items()} == {
+        row: sorted(found) for row, found in through.items()
+    }
+
+
+def test_a_step_counts_the_labels_of_all_its_micro_batches(packed):
+    for step in steps(packed):
+        labels = [token for batch in step.micro_batches for row in batch.tokens.tolist() for token in row[1:] if token]
+        assert step.num_labels == len(labels) > 0
+
+
+def test_consecutive_micro_batches_are_a_contrastive_batch_and_can_be_gone_through_again(packed):
+    cut = CONFIG.cut_step(1)
+    assert (cut.rows_per_forward, cut.num_forwards, cut.num_contrastive) == (2, 2, 2)
+    spooled = steps(packed)[0].micro_batches
+    in_memory = steps(packed, config=CONFIG.model_copy(update={"micro_batch_size": 8, "contrastive_batch_size": 8}))[
+        0
+    ].micro_batches
+    assert (len(spooled), len(in_memory)) == (4, 1)
+    for _ in range(2):
+        for name in ("images", "row_ids", "text_keys"):
+            joined = torch.cat([getattr(batch, name) for batch in spooled])
+            assert torch.equal(joined, getattr(in_memory[0], name))
+    second = spooled[cut.num_forwards :]
+    assert [batch.row_ids.tolist() for batch in second] == [spooled[at].row_ids.tolist() for at in (2, 3)]
+    assert torch.equal(second[-1].images, spooled[3].images)
+
+
+def test_memory_grows_with_the_micro_batch_and_not_with_the_step(packed):
+    """Peaks while a step is made and gone through, twice as with cached embeddings, at 0.8 MB a row."""
+    row_bytes = 512 * 512 * 3
+
+    def measure(rows_per_step, rows_per_forward):
+        sizes = {
+            "micro_batch_size": rows_per_forward,
+            "contrastive_batch_size": rows_per_step,
+            "global_batch_size": rows_per_step,
+        }
+        config = CONFIG.model_copy(update=sizes)
+        reader = ShardReader(packed, "train", config.shuffle_window_rows)
+        order = Order(reader.rows_per_file, config, 1)
+        made = train_steps(reader, BatchMaker(config, PixelsConfig(), TOKENIZER, 512), order, 0)
+        next(made)  # whatever is loaded once
+        tracemalloc.start()
+        try:
+            step = next(made)
+            kept = tracemalloc.get_traced_memory()[0]
+            assert sum(int(batch.images.any()) for _ in range(2) for batch in step.micro_batches) > 0
+            return kept, tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    (kept, peak), (kept_of_more, peak_of_more) = measure(4, 1), measure(16, 1)
+    assert max(kept, kept_of_more) < row_bytes / 2, "what is kept of a step has no pixels"
+    assert abs(peak_of_more - peak) < row_bytes / 2
+    kept_in_memory, peak_in_memory = measure(16, 16)
+    assert kept_in_memory > 16 * row_bytes  # so the pixels are seen where they are in memory
+    assert peak_in_memory > peak_of_more + 8 * row_bytes
+
+
+def test_a_file_of_pixels_is_gone_with_its_step(packed):
+    before = open_files()
+    step = steps(packed)[0]
+    (file,) = open_files() - before  # the other steps are gone
+    assert os.stat(file).st_nlink == 0  # nobody else sees it, and a killed process leaves nothing behind
+    batch = step.micro_batches[3]
+    step.micro_batches.close()
+    assert batch.images.shape == (2, IMAGE_PX, IMAGE_PX, 3)
+    with pytest.raises(ValueError, match="closed"):
+        step.micro_batches[0]
+    assert open_files() == before
+    part = steps(packed)[0].micro_batches[1:2]
+    assert len(open_files() - before) == 1, "a part of a step keeps its pixels"
+    assert part[0].images.shape == (2, IMAGE_PX, IMAGE_PX, 3)
+    del part
+    assert open_files() == before
+    single = CONFIG.model_copy(update={"micro_batch_size": 8, "contrastive_batch_size": 8})
+    kept = steps(packed, config=single)
+    assert len(kept) == 8
+    assert open_files() == before, "a step of one micro-batch stays in memory"
+
+
+def test_a_full_disk_is_named_with_the_fix(packed, monkeypatch):
+    monkeypatch.setattr(spool.tempfile, "TemporaryFile", lambda **how: open("/dev/full", "w+b", **how))  # noqa: SIM115
+    with pytest.raises(OSError, match="TMPDIR") as caught:
+        steps(packed)
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_validation_takes_the_whole_tile_and_the_first_sentence_or_the_paragraph():
@@ -161,8 +283,8 @@ def test_margins_are_cut_before_a_tile_is_resized():
     white.save(stream, "PNG")
     row = ROWS[0] | {"image": stream.getvalue()}
     cut = maker(pixels=PixelsConfig(crop_bottom_px=4)).validation([row]).images
-    assert all(channel.unique().numel() == 1 for channel in cut[0])
-    assert maker().validation([row]).images[0, 0].unique().numel() > 1
+    assert cut.unique().numel() == 1
+    assert maker().validation([row]).images.unique().numel() > 1
 
 
 def test_case_and_blanks_do_not_make_texts_different():

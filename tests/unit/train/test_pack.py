@@ -12,8 +12,9 @@ from PIL import Image
 
 from urbanclip_ray.config import ConfigError, PackConfig
 from urbanclip_ray.schema import PAIRS, SHARDS, SPLITS, TILES
-from urbanclip_ray.storage import open_dataset, publish
+from urbanclip_ray.storage import join, open_dataset, publish
 from urbanclip_ray.train.pack import _number_rows, outer_parts, pack_shards
+from urbanclip_ray.train.parts import ROWS_OF_FILES, rows_of_files
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -99,6 +100,18 @@ def test_files_hold_at_most_the_rows_asked_for(packed):
     sizes = [pq.read_metadata(path).num_rows for path in packed.parquet_paths()]
     assert max(sizes) <= 4
     assert sum(sizes) == packed.manifest.rows_out
+
+
+def test_the_manifest_says_which_rows_a_file_holds(packed):
+    assert ROWS_OF_FILES in packed.manifest.facts
+    known = rows_of_files(packed)
+    for path, parts in known.items():
+        rows = pq.read_table(join(packed.uri, path)).to_pylist()
+        assert parts.keys() == {row["part"] for row in rows}
+        for part, inside in parts.items():
+            expected = [at for at, row in enumerate(rows) if row["part"] == part]
+            assert inside.indices().tolist() == expected
+            assert inside.first_id == rows[expected[0]]["row_id"]
 
 
 def test_every_tile_is_accounted_for(packed):

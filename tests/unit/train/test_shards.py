@@ -1,98 +1,38 @@
-"""The order of training rows: every row once per epoch, whoever reads it, and few files open."""
+"""Rows of shards by their place: found without opening a file, few files in memory, no finished file opened again."""
 
 from __future__ import annotations
-
-from collections import Counter
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from urbanclip_ray.config import TrainConfig
 from urbanclip_ray.schema import SHARDS
-from urbanclip_ray.storage import open_dataset, publish
-from urbanclip_ray.train import shards
-from urbanclip_ray.train.shards import ShardReader, count_steps, no_rows, plan_epoch, rank_rows
-
-FILES = st.lists(st.integers(1, 30), min_size=1, max_size=8)
-SEEDS = st.integers(0, 1000)
-
-
-def run_through(files, seed, epochs, num_ranks, rows_per_rank, window):
-    """(place, epoch) of every row in the order of all ranks, what is left, and the number of steps."""
-    carried, seen, steps = no_rows(), [], 0
-    for epoch in range(epochs):
-        rows, carried = plan_epoch(files, seed, epoch, carried, num_ranks * rows_per_rank)
-        for rank in range(num_ranks):
-            mine = rank_rows(rows, rank, num_ranks, window, seed, epoch)
-            assert len(mine.place) % rows_per_rank == 0, "whole steps only"
-            seen += list(zip(mine.place.tolist(), mine.epoch.tolist(), strict=True))
-        steps += len(rows.place) // (num_ranks * rows_per_rank)
-    return seen, list(zip(carried.place.tolist(), carried.epoch.tolist(), strict=True)), steps
-
-
-@settings(max_examples=60, deadline=None)
-@given(FILES, SEEDS, st.integers(1, 4), st.integers(1, 3), st.integers(1, 9), st.integers(1, 40))
-def test_every_row_comes_exactly_once_per_epoch_over_all_ranks(files, seed, epochs, num_ranks, rows_per_rank, window):
-    seen, left, steps = run_through(files, seed, epochs, num_ranks, rows_per_rank, window)
-    every = {(place, epoch) for place in range(sum(files)) for epoch in range(epochs)}
-    assert Counter(seen + left) == Counter(every)
-    assert len(left) < num_ranks * rows_per_rank  # less than one step is left over
-    assert steps == count_steps(sum(files), epochs, num_ranks * rows_per_rank)
-
-
-@settings(max_examples=60, deadline=None)
-@given(FILES, SEEDS, st.integers(1, 4), st.integers(1, 20))
-def test_ranks_share_an_epoch_in_disjoint_contiguous_spans_shuffled_within_the_window(files, seed, num_ranks, window):
-    rows, _ = plan_epoch(files, seed, 0, no_rows(), num_ranks)
-    span = len(rows.place) // num_ranks
-    before = {int(place): at for at, place in enumerate(rows.place)}
-    for rank in range(num_ranks):
-        mine = rank_rows(rows, rank, num_ranks, window, seed, 0)
-        came_from = np.array([before[int(place)] for place in mine.place], dtype=int)
-        assert sorted(came_from) == list(range(rank * span, (rank + 1) * span))
-        assert (np.abs(came_from - rank * span - np.arange(span)) < window).all()
-
-
-@settings(max_examples=40, deadline=None)
-@given(FILES, SEEDS, st.integers(1, 12))
-def test_files_are_read_whole_one_after_another_and_carried_rows_come_first(files, seed, rows_per_step):
-    rows, carried = plan_epoch(files, seed, 0, no_rows(), rows_per_step)
-    file_of = np.repeat(np.arange(len(files)), files)
-    order = file_of[np.concatenate([rows.place, carried.place])]
-    assert int((np.diff(order) != 0).sum()) == len(files) - 1
-    following, _ = plan_epoch(files, seed, 1, carried, rows_per_step)
-    num_first = min(len(carried.place), len(following.place))
-    assert following.place[:num_first].tolist() == carried.place[:num_first].tolist()
-    assert (following.epoch[:num_first] == 0).all()
-
-
-def test_the_order_follows_from_seed_and_epoch():
-    files = [8] * 6
-
-    def order(seed, epoch):
-        rows, _ = plan_epoch(files, seed, epoch, no_rows(), 4)
-        return rank_rows(rows, 0, 1, 16, seed, epoch).place.tolist()
-
-    assert order(0, 0) == order(0, 0)
-    assert order(0, 0) != order(0, 1)
-    assert order(0, 0) != order(1, 0)
-
-
-def test_a_data_set_smaller_than_a_step_fills_it_over_several_epochs():
-    seen, left, steps = run_through([2, 1], seed=0, epochs=5, num_ranks=2, rows_per_rank=2, window=8)
-    assert (steps, len(seen), len(left)) == (3, 12, 3)
-    assert count_steps(3, 5, 4) == 3
-
+from urbanclip_ray.storage import StorageError, list_files, open_dataset, publish
+from urbanclip_ray.train import parts, shards
+from urbanclip_ray.train.order import Order
+from urbanclip_ray.train.parts import ROWS_OF_FILES, describe_files, rows_of_files
+from urbanclip_ray.train.shards import ShardReader
 
 NUM_TRAIN, NUM_VAL = 45, 8
 ROWS_PER_FILE = 5  # the training rows fill nine files, the validation rows lie in the last two
 
 
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory):
-    uri = str(tmp_path_factory.mktemp("packed") / "shards")
+def store(uri, rows, rows_per_file, *, facts, **how):
+    """Shards whose manifest says which rows their files hold, as pack has it, or does not."""
+    table = pa.Table.from_pylist(rows, schema=SHARDS)
+    with publish(uri, "shards", {}, {}) as publication:
+        for number, first in enumerate(range(0, len(rows), rows_per_file)):
+            path = f"{publication.data_uri}/part-{number:03d}.parquet"
+            parts.pq.write_table(table.slice(first, rows_per_file), path, **how)
+        if facts:
+            names = [f"{publication.attempt}/{info.base_name}" for info in list_files(publication.data_uri)]
+            publication.facts[ROWS_OF_FILES] = describe_files(uri, names)
+    return open_dataset(uri)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["manifest", "footers"])
+def packed(request, tmp_path_factory):
     rows = [
         {
             "row_id": row,
@@ -103,11 +43,16 @@ def packed(tmp_path_factory):
         }
         for row in range(NUM_TRAIN + NUM_VAL)
     ]
-    table = pa.Table.from_pylist(rows, schema=SHARDS)
-    with publish(uri, "shards", {}, {}) as publication:
-        for number, first in enumerate(range(0, len(rows), ROWS_PER_FILE)):
-            publication.write_table(table.slice(first, ROWS_PER_FILE), f"part-{number:03d}.parquet")
-    return open_dataset(uri)
+    return store(str(tmp_path_factory.mktemp("packed") / "shards"), rows, ROWS_PER_FILE, facts=request.param)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Paths of files that are read, in order."""
+    found = []
+    real = shards.pq.read_table
+    monkeypatch.setattr(shards.pq, "read_table", lambda path, **named: found.append(path) or real(path, **named))
+    return found
 
 
 def test_a_reader_finds_rows_by_their_place_in_a_part_across_files(packed):
@@ -121,28 +66,99 @@ def test_a_reader_finds_rows_by_their_place_in_a_part_across_files(packed):
     assert row == {"row_id": 7, "tile_id": "r/7", "image": b"7", "texts": ["text 7"], "part": "train"}
 
 
-def test_a_file_with_rows_of_both_parts_gives_each_its_own(tmp_path):
-    parts = ["train", "val", "train", "val", "val"]
-    rows = [{"row_id": n, "tile_id": str(n), "image": b"", "texts": ["t"], "part": part} for n, part in enumerate(parts)]
-    with publish(str(tmp_path / "s"), "shards", {}, {}) as publication:
-        publication.write_table(pa.Table.from_pylist(rows, schema=SHARDS))
-    reader = ShardReader(open_dataset(str(tmp_path / "s")), "val", window=10)
-    assert [row["row_id"] for row in reader.rows(np.arange(3))] == [1, 3, 4]
+MIXED = ["train", "val", "train", "val", "val", "train", "train"]
 
 
-def test_an_epoch_reads_every_file_once_and_holds_only_what_its_window_needs(packed, monkeypatch):
-    reads = []
+@pytest.mark.parametrize("how", [{}, {"row_group_size": 2}, {"write_statistics": False}, {"row_group_size": 1}], ids=str)
+@pytest.mark.parametrize("facts", [True, False])
+def test_a_file_with_rows_of_both_parts_gives_each_its_own(tmp_path, facts, how):
+    rows = [{"row_id": n, "tile_id": str(n), "image": b"", "texts": ["t"], "part": part} for n, part in enumerate(MIXED)]
+    dataset = store(str(tmp_path / "s"), rows, len(rows), facts=facts, **how)
+    for part, expected in (("val", [1, 3, 4]), ("train", [0, 2, 5, 6])):
+        reader = ShardReader(dataset, part, window=10)
+        assert [row["row_id"] for row in reader.rows(np.arange(len(expected)))] == expected
+
+
+def test_files_are_in_the_order_of_their_rows_whatever_they_are_called(tmp_path):
+    rows = [{"row_id": 9 - n, "tile_id": str(n), "image": b"", "texts": ["t"], "part": "train"} for n in range(10)]
+    for facts in (True, False):
+        reader = ShardReader(store(str(tmp_path / str(facts)), rows, 1, facts=facts), "train", window=10)
+        assert [row["row_id"] for row in reader.rows(np.arange(10))] == list(range(10))
+
+
+def test_only_a_mixed_row_group_without_a_manifest_has_columns_read_at_the_start(packed, monkeypatch):
+    opened, columns = [], []
+    real_file, real_read = parts.pq.ParquetFile, parts._read_parts
+    monkeypatch.setattr(parts.pq, "ParquetFile", lambda path, **named: opened.append(path) or real_file(path, **named))
+    monkeypatch.setattr(parts, "_read_parts", lambda *group: columns.append(group) or real_read(*group))
+    reader = ShardReader(packed, "train", window=10)
+    has_facts = ROWS_OF_FILES in packed.manifest.facts
+    assert sorted(opened) == ([] if has_facts else sorted(packed.parquet_paths()))
+    assert columns == []
+    assert reader._open == {}
+
+
+def test_a_manifest_that_does_not_know_its_files_is_refused_with_the_fix(packed, tmp_path):
+    known = rows_of_files(packed)
+    path, entry = next(iter(known.items()))
+    broken = [
+        {},
+        {name: value for name, value in known.items() if name != path},
+        known | {"data/other.parquet": entry},
+        known | {path: {"train": [0, [[0, -5]]]}},
+        known | {path: {"train": [0]}},
+        known | {path: {"train": [0, []]}},
+        [],
+    ]
+    for fact in broken:
+        packed_badly = packed.manifest.model_copy(update={"facts": {ROWS_OF_FILES: fact}})
+        (tmp_path / "manifest.json").write_bytes(packed_badly.model_dump_json().encode())
+        with pytest.raises(StorageError, match=r"its manifest .* pack it again"):
+            rows_of_files(open_dataset(str(tmp_path)))
+
+
+def test_an_epoch_reads_every_file_once_and_holds_only_what_its_window_needs(packed, reads):
     window = 2 * ROWS_PER_FILE
     reader = ShardReader(packed, "train", window)
-    real = shards.pq.read_table
-    monkeypatch.setattr(shards.pq, "read_table", lambda path, **named: reads.append(path) or real(path, **named))
-    rows, _ = plan_epoch(reader.rows_per_file, 0, 0, no_rows(), 1)
-    mine = rank_rows(rows, 0, 1, window, 0, 0)
     most = 0
-    for _ in reader.rows(mine.place):
-        most = max(most, len(reader._open))
+    for step in Order(reader.rows_per_file, configure(1, window), 1).steps(0):
+        for _ in reader.rows(step.rows.place):
+            most = max(most, len(reader._open))
     assert sorted(reads) == sorted(packed.parquet_paths()[:9])
     assert most <= window // ROWS_PER_FILE + 2
+
+
+def configure(rows_per_step, window):
+    rows_per_step = max(2, rows_per_step)
+    sizes = ("micro_batch_size", "contrastive_batch_size", "global_batch_size")
+    return TrainConfig(epochs=1, shuffle_window_rows=window, **dict.fromkeys(sizes, rows_per_step))
+
+
+def read_steps(packed, config, num_ranks, progress=None, until=None):
+    """Row ids by rank, and the progress after the last step."""
+    reader = ShardReader(packed, "train", config.shuffle_window_rows)
+    order = Order(reader.rows_per_file, config, num_ranks, progress)
+    until = order.num_steps if until is None else until
+    found = []
+    for rank in range(num_ranks):
+        reader = ShardReader(packed, "train", config.shuffle_window_rows)  # a process of its own
+        steps = [step for step in order.steps(rank) if step.step < until]
+        found += [row["row_id"] for step in steps for row in reader.rows(step.rows.place)]
+    return found, order.progress_after(until)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("killed_after", [1, 5, 8, 10])
+def test_no_finished_file_is_opened_again_after_a_restart(packed, reads, killed_after, num_ranks):
+    config = configure(4, window=4)  # 11 steps
+    before, progress = read_steps(packed, config, 2, until=killed_after)
+    finished = {packed.parquet_paths()[file] for file in range(9) if set(range(5 * file, 5 * file + 5)) <= set(before)}
+    assert len(finished) >= {1: 0, 5: 2, 8: 4, 10: 7}[killed_after]
+    reads.clear()
+    after, _ = read_steps(packed, config, num_ranks, progress)
+    assert reads
+    assert not finished & set(reads)
+    assert len(set(before) | set(after)) == len(before) + len(after) == 44
 
 
 def test_memory_is_bounded_even_where_places_come_in_no_order(packed):
