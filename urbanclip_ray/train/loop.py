@@ -20,7 +20,8 @@ from urbanclip_ray.model.tokenize import PAD_ID, load_tokenizer
 from urbanclip_ray.model.weights import weight_files
 from urbanclip_ray.storage import join, open_dataset, write_bytes
 from urbanclip_ray.train.batches import BatchMaker, TrainStep, prefetch, train_steps
-from urbanclip_ray.train.checkpoint import fill_weights, find_checkpoint, restore_rank, save_checkpoint
+from urbanclip_ray.train.checkpoint import fill_weights, find_checkpoint, restore_rank
+from urbanclip_ray.train.checkpoint_writer import CheckpointWriter
 from urbanclip_ray.train.curves import Curves
 from urbanclip_ray.train.device import DEVICE_FILE, describe_rank
 from urbanclip_ray.train.engine import attention_kernel, learning_rate, set_learning_rate, start_engine
@@ -54,6 +55,11 @@ class TrainError(UserError, RuntimeError):
 
 def train_rank(spec: TrainSpec) -> None:
     """Train on this rank from the newest checkpoint, or from the start; rank 0 writes the weights at the end."""
+    with CheckpointWriter(spec.checkpoints_uri, spec.config.train.keep_checkpoints) as writer:
+        _train(spec, writer)
+
+
+def _train(spec: TrainSpec, writer: CheckpointWriter) -> None:
     config = spec.config.train
     torch.set_num_threads(spec.config.resources.cpus_per_worker)
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
@@ -75,7 +81,7 @@ def train_rank(spec: TrainSpec) -> None:
         fill_start(model, spec.start_uri)
     engine = start_engine(model, config)
     if checkpoint is not None:
-        restore_rank(engine, checkpoint)
+        restore_rank(engine, checkpoint, config.seed)
     first_step = checkpoint.step if checkpoint else 0
     curves = Curves(spec.tensorboard_uri if rank == 0 else None, checkpoint.history if checkpoint else None, first_step)
     maker = BatchMaker(config, spec.config.pixels, tokenizer, model.image_px)
@@ -95,7 +101,7 @@ def train_rank(spec: TrainSpec) -> None:
         if spec.after_step is not None:  # before the checkpoint: whoever resumes from it finds this done
             spec.after_step(engine, taken, num_steps)
         if taken % config.checkpoint_every_steps == 0 and taken < num_steps:
-            save_checkpoint(engine, spec.checkpoints_uri, taken, curves.history, config.keep_checkpoints)
+            writer.save(engine, taken, history=curves.history, progress={}, files=spec.tokenizer_files)
     with whole_weights(engine):
         files = weight_files(engine.module, tokenizer) if rank == 0 else {}
     for name, data in files.items():
