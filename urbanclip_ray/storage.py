@@ -89,8 +89,19 @@ def read_bytes(uri: str) -> bytes:
         return data
 
 
-def write_bytes(uri: str, data: bytes) -> None:
-    """Write a small file whole: on a local disk by rename, on S3 by a single PUT, so no reader sees half of it."""
+@contextmanager
+def open_file(uri: str) -> Iterator[pa.NativeFile]:
+    """A file to be read at any place, without its whole content in memory; raises FileNotFoundError where there is none."""
+    filesystem, path = resolve(uri)
+    with _explained(uri):
+        if not filesystem.get_file_info(path).is_file:  # a folder of that name, too
+            raise FileNotFoundError(f"{uri} is not there")
+        with filesystem.open_input_file(path) as file:
+            yield file
+
+
+def write_bytes(uri: str, data: bytes | memoryview) -> None:
+    """Write a file whole: on a local disk by rename, on S3 by a single PUT, so no reader sees half of it."""
     filesystem, path = resolve(uri)
     with _explained(uri):
         if isinstance(filesystem, pafs.LocalFileSystem):
@@ -114,7 +125,7 @@ def _explained(uri: str) -> Iterator[None]:
 
 
 @contextmanager
-def _written_beside(path: str, data: bytes) -> Iterator[str]:
+def _written_beside(path: str, data: bytes | memoryview) -> Iterator[str]:
     """A temporary file in the same folder, its data on disk; removed at the end if it is still there."""
     temporary = f"{path}.{secrets.token_hex(4)}.tmp"
     try:
@@ -142,6 +153,12 @@ def list_files(uri: str, recursive: bool = True) -> list[pafs.FileInfo]:
             raise StorageError(f"{uri}: no such folder; check the path")
         found = filesystem.get_file_info(pafs.FileSelector(path, recursive=recursive))
     return sorted((info for info in found if info.is_file), key=lambda info: str(info.path))
+
+
+def delete_file(uri: str) -> None:
+    filesystem, path = resolve(uri)
+    with _explained(uri):
+        filesystem.delete_file(path)
 
 
 def delete_folder(uri: str) -> None:
@@ -299,7 +316,7 @@ def publish(uri: str, stage: str, config: dict[str, Any], parents: dict[str, Dat
             facts=publication.facts,
             libraries=library_versions(),
         )
-        if not _create_exclusively(join(uri, MANIFEST), manifest.model_dump_json(indent=1).encode()):
+        if not create_exclusively(join(uri, MANIFEST), manifest.model_dump_json(indent=1).encode()):
             delete_folder(publication.data_uri)
     except BaseException as error:
         _discard(publication)
@@ -314,7 +331,7 @@ def _discard(publication: Publication) -> None:
         delete_folder(publication.data_uri)
 
 
-def _create_exclusively(uri: str, data: bytes) -> bool:
+def create_exclusively(uri: str, data: bytes) -> bool:
     """Create a file only if it is not there; False where another writer was first."""
     filesystem, path = resolve(uri)
     if isinstance(filesystem, pafs.LocalFileSystem):

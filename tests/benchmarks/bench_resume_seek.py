@@ -71,9 +71,9 @@ def time_start(uri: str, tokenizer: TextTokenizer, num_ranks: int, written: str 
     start = time.perf_counter()
     reader = ShardReader(open_dataset(uri), "train", CONFIG.shuffle_window_rows)
     progress = Progress.from_json(json.loads(written)) if written else None
-    order = Order(reader.rows_per_file, CONFIG, num_ranks, progress)  # the loop's own, for its checkpoints
+    order = Order(reader.rows_per_file, CONFIG, num_ranks, progress)
     maker = BatchMaker(CONFIG, PixelsConfig(), tokenizer, IMAGE_PX)
-    step = next(iter(train_steps(reader, maker, Order(reader.rows_per_file, CONFIG, num_ranks, progress), rank=0)))
+    step = next(iter(train_steps(reader, maker, order, rank=0)))
     assert step.step == order.first_step
     assert sum(len(batch.images) for batch in step.micro_batches) == CONFIG.global_batch_size // num_ranks
     return time.perf_counter() - start

@@ -345,9 +345,9 @@ def test_on_s3_a_failure_leaves_no_files(bucket):
 def test_on_s3_a_repeated_put_of_the_same_manifest_is_not_another_writer(bucket):
     """A client repeats a request whose answer was lost: the second one finds what the first has written."""
     uri = join(bucket, "runs", "four", MANIFEST)
-    assert storage._create_exclusively(uri, b"mine")
-    assert storage._create_exclusively(uri, b"mine")
-    assert not storage._create_exclusively(uri, b"theirs")
+    assert storage.create_exclusively(uri, b"mine")
+    assert storage.create_exclusively(uri, b"mine")
+    assert not storage.create_exclusively(uri, b"theirs")
     assert read_bytes(uri) == b"mine"
 
 

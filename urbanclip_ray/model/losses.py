@@ -21,14 +21,6 @@ ContrastiveKind = Literal["softmax", "sigmoid"]
 Gather = Callable[[Tensor], Tensor]
 
 
-class LossTerms(NamedTuple):
-    """Losses of one rank, scaled so that their mean over ranks is the loss of the whole batch."""
-
-    total: Tensor
-    contrastive: Tensor
-    caption: Tensor
-
-
 def _alone(rows: Tensor) -> Tensor:
     """The rows of all ranks where there is one."""
     return rows
