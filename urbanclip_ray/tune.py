@@ -26,8 +26,8 @@ from urbanclip_ray.evaluate.validation_score import ProbeRows, ValidationScore, 
 from urbanclip_ray.search_results import Report, TrialRecord, TrialResult, publish_results, read_record, write_record
 from urbanclip_ray.search_space import Trial, measure_content, plan_trials
 from urbanclip_ray.storage import Dataset, Publication, dataset_uri, delete_folder, digest, find_dataset, join, publish, resolve
-from urbanclip_ray.train.launch import pretrain
 from urbanclip_ray.train.guards import TrainError
+from urbanclip_ray.train.launch import pretrain
 from urbanclip_ray.train.shards import count_steps
 
 EVENTS_FOLDER = "ray_tune"  # TensorBoard events with HParams, and what else Tune writes of a trial

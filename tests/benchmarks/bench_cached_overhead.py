@@ -68,7 +68,9 @@ def measure() -> list[Figure]:
         found = json.loads(line)
         note = f"ZeRO {stage}, one rank, coca_tiny_96 in bf16, a batch of {BATCH} in {NUM_PIECES} forwards of {BATCH // NUM_PIECES}"
         name = "cached_overhead" if stage == 1 else f"cached_overhead_zero{stage}"
-        figures.append(Figure(name, found["cached"], found["plain"], found["cached"] / found["plain"], "ms/sample", LIMIT, note))
+        figures.append(
+            Figure(name, found["cached"], found["plain"], found["cached"] / found["plain"], "ms/sample", LIMIT, note)
+        )
     return figures
 
 

@@ -25,7 +25,9 @@ def world_shards(folder: Path, num_rows: int, tile_px: int = 27) -> Dataset:
             "row_id": row,
             "tile_id": f"world/{row}",
             "image": images[row % len(images)],
-            "texts": [f"Land number {row % len(images)} with forest, water and bare soil, seen from above in {row % 12} parts."],
+            "texts": [
+                f"Land number {row % len(images)} with forest, water and bare soil, seen from above in {row % 12} parts."
+            ],
             "part": "train",
         }
         for row in range(num_rows)

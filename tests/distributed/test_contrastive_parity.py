@@ -63,7 +63,12 @@ class Variant(NamedTuple):
 
 
 ALL = [Variant(*parts) for parts in itertools.product((0, 1, 2, 3), ("plain", "cached"), ("softmax", "sigmoid"))]
-FEW = [Variant(0, "cached", "sigmoid"), Variant(1, "cached", "softmax"), Variant(2, "plain", "sigmoid"), Variant(3, "cached", "softmax")]
+FEW = [
+    Variant(0, "cached", "sigmoid"),
+    Variant(1, "cached", "softmax"),
+    Variant(2, "plain", "sigmoid"),
+    Variant(3, "cached", "softmax"),
+]
 WITH_DROPOUT = [Variant(stage, "cached", kind, patch_dropout=0.5) for stage, kind in ((1, "softmax"), (3, "sigmoid"))]
 IN_BF16 = [Variant(stage, path, "softmax", precision="bf16") for stage in (1, 3) for path in ("plain", "cached")]
 
@@ -138,9 +143,7 @@ def train_in_rank(variants: list[Variant]) -> list[dict[str, Any]]:
     settings = engines.deepspeed_config
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engines.torch.optim, "AdamW", RecordingSGD)
-        patch.setattr(
-            engines, "deepspeed_config", lambda *given: settings(*given) | {"zero_allow_untested_optimizer": True}
-        )
+        patch.setattr(engines, "deepspeed_config", lambda *given: settings(*given) | {"zero_allow_untested_optimizer": True})
         found = []
         for variant in variants:
             rank, num_ranks = dist.get_rank(), dist.get_world_size()
@@ -176,7 +179,9 @@ def assemble(shares: list[dict[str, Any]]) -> Outcome:
             np.testing.assert_array_equal(share["weights"][name], value)
         for name, start, values in share["gradients"]:
             gradients[name][start : start + values.size] = values.reshape(-1)
-    return Outcome({name: value.reshape(weights[name].shape) for name, value in gradients.items()}, weights, shares[0]["records"])
+    return Outcome(
+        {name: value.reshape(weights[name].shape) for name, value in gradients.items()}, weights, shares[0]["records"]
+    )
 
 
 def reference(variant: Variant, num_ranks: int) -> Outcome:

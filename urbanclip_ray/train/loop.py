@@ -91,9 +91,7 @@ def train_rank(spec: TrainSpec) -> None:
             if taken % config.checkpoint_every_steps == 0 and taken < num_steps:
                 stop_if_ranks_differ(rank.engine, taken)
                 progress = rank.order.progress_after(taken).to_json() if dist.get_rank() == 0 else {}
-                writer.save(
-                    rank.engine, taken, history=curves.history, progress=progress, files=spec.tokenizer_files
-                )
+                writer.save(rank.engine, taken, history=curves.history, progress=progress, files=spec.tokenizer_files)
     write_results(spec, rank, curves)
     curves.close()
     dist.barrier()

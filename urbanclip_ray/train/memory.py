@@ -45,7 +45,9 @@ def plan_memory(num_parameters: int, embedding_width: int, image_px: int, config
 
 def describe_memory(memory: RankMemory) -> str:
     """One line."""
-    shown = [f"{name.replace('_', ' ')} {show_bytes(size)}" for name, size in memory._asdict().items() if name != "spooled_pixels"]
+    shown = [
+        f"{name.replace('_', ' ')} {show_bytes(size)}" for name, size in memory._asdict().items() if name != "spooled_pixels"
+    ]
     disk = f"; {show_bytes(memory.spooled_pixels)} of pixels on its disk" if memory.spooled_pixels else ""
     return f"{show_bytes(memory.held)} and what a forward keeps for its backward ({', '.join(shown)}){disk}"
 

@@ -38,4 +38,11 @@ def test_a_step_of_one_forward_spools_nothing():
 
 
 def test_bytes_are_shown_with_their_unit():
-    assert [show_bytes(size) for size in (0, 999, 1500, 2.5e6, 7.7e9, 3e12)] == ["0 B", "999 B", "1.5 kB", "2.5 MB", "7.7 GB", "3 TB"]
+    assert [show_bytes(size) for size in (0, 999, 1500, 2.5e6, 7.7e9, 3e12)] == [
+        "0 B",
+        "999 B",
+        "1.5 kB",
+        "2.5 MB",
+        "7.7 GB",
+        "3 TB",
+    ]
