@@ -66,7 +66,7 @@ def measure() -> list[Figure]:
         output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         (line,) = (line for line in output.splitlines() if line.startswith("{"))
         found = json.loads(line)
-        note = f"ZeRO {stage}, one rank, coca_tiny_96 in bf16, a batch of {BATCH} in {NUM_PIECES} forwards of {BATCH // NUM_PIECES}"
+        note = f"ZeRO {stage}, one rank, coca_tiny_96 in bf16, a batch of {BATCH} in {NUM_PIECES} forwards"
         name = "cached_overhead" if stage == 1 else f"cached_overhead_zero{stage}"
         figures.append(
             Figure(name, found["cached"], found["plain"], found["cached"] / found["plain"], "ms/sample", LIMIT, note)

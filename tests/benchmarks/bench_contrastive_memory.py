@@ -54,8 +54,8 @@ def measure() -> list[Figure]:
         found = interleaved(NUM_RUNS, small=lambda: peak_bytes(uri, SMALL), large=lambda: peak_bytes(uri, LARGE))
         largest = peak_bytes(uri, LARGEST)
     note = (
-        f"peak memory of a rank, a step of {LARGE:,} pairs over one of {SMALL}, forwards of {MICRO}, coca_tiny_27 on Blue Marble "
-        f"tiles; {LARGEST:,} took {largest / 1e6:.0f} MB"
+        f"peak memory of a rank, a step of {LARGE:,} pairs over one of {SMALL}, forwards of {MICRO}, coca_tiny_27 on Blue "
+        f"Marble tiles; {LARGEST:,} took {largest / 1e6:.0f} MB"
     )
     large, small = found["large"] / 1e6, found["small"] / 1e6
     return [Figure("contrastive_memory", large, small, large / small, "MB", LIMIT, note)]

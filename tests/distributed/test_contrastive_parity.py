@@ -1,6 +1,6 @@
-"""Gradients and SGD steps of any number of ranks, in every stage of ZeRO, are those of one process with one forward of the batch.
+"""Gradients and SGD steps of any number of ranks, in every stage of ZeRO, are those of one process with one forward.
 
-Contrastive batches that fit in one forward of all ranks, and those whose embeddings are cached; both losses; some texts are equal.
+Contrastive batches that fit in one forward of all ranks, and those whose embeddings are cached; both losses; equal texts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Do more negatives help? Contrastive batches of 2,048 and of 128 on RSICD at equal samples seen, judged by retrieval and a probe.
+"""Do more negatives help? Contrastive batches of 2,048 and 128 on RSICD at equal samples seen, by retrieval and a probe.
 
     python tests/experiments/contrastive_batch.py --rsicd FOLDER --kingcounty FOLDER --storage runs/contrastive_batch
 

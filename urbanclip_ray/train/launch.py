@@ -48,7 +48,7 @@ def pretrain(
     after_step: AfterStep | None = None,
     callbacks: Sequence[Any] = (),
 ) -> None:
-    """Train on `config.resources.num_workers` ranks; the same call, with any number of them, resumes from the newest checkpoint.
+    """Train on `config.resources.num_workers` ranks; the same call, with any number, resumes from the newest checkpoint.
 
     Publishes the folder of weights (see `model.weights`) and `history.json`. `after_step` is called by every rank after
     every step, `callbacks` are Ray Train's.

@@ -28,7 +28,7 @@ from urbanclip_ray.train.gather import gather_rows
 
 
 class StepResult(NamedTuple):
-    """Losses of the whole batch and what went with them, by name, the same on every rank; which rows of this rank went wrong."""
+    """Losses of the whole batch by name, the same on every rank, and whether the values of this rank's rows are finite."""
 
     record: dict[str, float]
     row_ids: Tensor  # of this rank, in the order of the step
