@@ -1,4 +1,4 @@
-"""What a rank is said to hold; tests/distributed/test_memory.py compares it with what engines allocate."""
+"""What a rank is said to hold; tests/distributed/test_memory_ranks.py compares it with what engines allocate."""
 
 from __future__ import annotations
 
