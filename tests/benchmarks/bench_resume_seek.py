@@ -30,7 +30,7 @@ from urbanclip_ray.train.shards import ShardReader
 NUM_ROWS, ROWS_PER_FILE = 200_000, 1024
 NUM_RANKS, OTHER_RANKS = 4, 2
 RESUMED_AT = 0.9  # of the epoch
-NUM_RUNS = 7
+NUM_RUNS = 15
 LIMIT = 1.2
 TILE_PX, IMAGE_PX = 64, 32
 CONFIG = TrainConfig(epochs=1, augment=AugmentConfig(min_area_share=0.5))

@@ -133,8 +133,9 @@ class Order:
         num_steps = self._steps_of(epoch) - (step - self._first_step(epoch))
         spans = np.flatnonzero(left)[: num_steps * rows_per_step].reshape(num_ranks, -1)
         steps_before = step - self._first_step(epoch)  # 0 where the epoch is whole
+        seed = [self._config.seed, epoch]
         order = [
-            span[window_order(len(span), self._config.shuffle_window_rows, [self._config.seed, epoch, rank, steps_before])]
+            shuffle_windows(span, self._config.shuffle_window_rows, [*seed, rank, steps_before])
             for rank, span in enumerate(spans)
         ]
         shape = num_ranks, num_steps, rows_per_step // num_ranks
@@ -212,8 +213,12 @@ def file_order(rows_per_file: list[int], seed: int, epoch: int) -> np.ndarray:
     return np.concatenate([np.arange(starts[file], starts[file + 1]) for file in files] or [np.arange(0)])
 
 
-def window_order(num_rows: int, window: int, seed: list[int]) -> np.ndarray:
-    """Positions 0 to num_rows, shuffled inside windows of `window` rows."""
+def shuffle_windows(positions: np.ndarray, window: int, seed: list[int]) -> np.ndarray:
+    """Rising positions, shuffled among those of the same `window` rows of the epoch.
+
+    Where some of these are consumed, fewer are shuffled: so a window never has more files open than in a whole epoch.
+    """
     random = np.random.default_rng(seed)
-    windows = [first + random.permutation(min(window, num_rows - first)) for first in range(0, num_rows, window)]
-    return np.concatenate(windows or [np.arange(0)])
+    starts = np.arange(positions[0], positions[-1] + 1, window) if len(positions) else positions
+    parts = np.split(positions, np.searchsorted(positions, starts[1:]))
+    return np.concatenate([part[random.permutation(len(part))] for part in parts])

@@ -169,3 +169,21 @@ def test_memory_is_bounded_even_where_places_come_in_no_order(packed):
 
 def test_a_part_that_is_not_there_is_empty(packed):
     assert ShardReader(packed, "test", window=4).num_rows == 0
+
+
+@pytest.mark.parametrize("window", [1, 4, 10, 23])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_other_ranks_have_no_more_files_open_than_in_a_whole_epoch(packed, reads, window, num_ranks):
+    """A file is read again at most where two windows share it, and where a window is no longer than a file not even there."""
+    config = configure(4, window)
+    num_again = NUM_TRAIN // window if window > ROWS_PER_FILE else 0
+    for killed_after in range(11):
+        _, progress = read_steps(packed, config, 4, until=killed_after)
+        for rank in range(num_ranks):
+            reader, most = ShardReader(packed, "train", window), 0
+            reads.clear()
+            for step in Order(reader.rows_per_file, config, num_ranks, progress).steps(rank):
+                for _ in reader.rows(step.rows.place):
+                    most = max(most, len(reader._open))
+            assert len(reads) <= len(set(reads)) + num_again, f"killed after {killed_after} steps, rank {rank}"
+            assert most <= window // ROWS_PER_FILE + 2
