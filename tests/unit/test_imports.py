@@ -31,6 +31,7 @@ USES_RAY = {
     "urbanclip_ray.captioners.sample",
     "urbanclip_ray.train.pack",
     "urbanclip_ray.train.launch",
+    "urbanclip_ray.train.policies",
     "urbanclip_ray.evaluate.embed",
     "urbanclip_ray.evaluate.probe",
     "urbanclip_ray.evaluate.retrieval",

@@ -151,7 +151,9 @@ class _Passes:
             self.gradient_norm = float(_total_norm(engine.module.parameters()))
         engine.step()
         if is_last and engine.zero_optimization_stage() > 0:
-            self.gradient_norm = float(engine.get_global_grad_norm())
+            # what is not finite DeepSpeed skips without a word, and the norm is then that of the step before
+            skipped = getattr(engine.optimizer, "overflow", False)
+            self.gradient_norm = math.inf if skipped else float(engine.get_global_grad_norm())
         self.logit_scale = float(output.logit_scale.detach())
         values = (output.image, output.text, output.caption_rows[:, None])
         self.is_finite.append(torch.cat([value.detach().isfinite().all(dim=1, keepdim=True) for value in values], 1).all(dim=1))
