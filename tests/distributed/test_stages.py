@@ -1,4 +1,4 @@
-"""Checkpoints between the stages of ZeRO, and bf16 in each: what one stage wrote, every stage goes on from."""
+"""Checkpoints between stages of ZeRO and numbers of ranks, and bf16 in each stage: what one wrote, every other goes on from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from ranks import run_ranks
 from small_training import CONFIG, NUM_RANKS, share_of, small_model, start
 
 BEFORE, AFTER = 2, 3  # optimizer steps before and after the checkpoint
-HISTORY: dict[str, Any] = {"train": [], "validation": []}
 STAGES = {"0": (0, True), "1": (1, True), "2": (2, True), "3": (3, True), "3 without residents": (3, False)}
 CHANGES = [("1", "3"), ("3", "0"), ("0", "2"), ("2", "3 without residents"), ("3 without residents", "1")]
 PATCH_DROPOUT = 0.5  # so that the random state matters
@@ -47,11 +46,32 @@ def state_of(engine: Any) -> list[tuple[str, int, list[list[float]]]]:
     return found
 
 
+def save(engine: Any, root: str) -> None:
+    import torch.distributed as dist
+
+    from urbanclip_ray.train.checkpoint_writer import CheckpointWriter
+
+    with CheckpointWriter(root, keep=1) as writer:
+        writer.save(engine, BEFORE, history={"train": [], "validation": []}, progress={}, files={})
+    dist.barrier()  # rank 0 has committed
+
+
+def resume(root: str, stage: str) -> Any:
+    from urbanclip_ray.train.checkpoint import fill_weights, find_checkpoint, restore_rank
+
+    checkpoint = find_checkpoint(root)
+    assert checkpoint is not None
+    model = small_model(PATCH_DROPOUT)
+    fill_weights(model, checkpoint)
+    engine = start(model, *STAGES[stage])
+    restore_rank(engine, checkpoint)
+    return engine
+
+
 def save_and_resume_in_rank(root: str) -> dict[str, Any]:
     """Every stage writes a checkpoint and trains on; then every stage, and every change of stage, goes on from one."""
     import torch
 
-    from urbanclip_ray.train.checkpoint import fill_weights, find_checkpoint, restore_rank, save_checkpoint
     from urbanclip_ray.train.fragments import written_fragments
 
     start(small_model(), stage=3)  # replaces torch's linear layer for good: now, so that all runs below have the same
@@ -60,19 +80,14 @@ def save_and_resume_in_rank(root: str) -> dict[str, Any]:
         torch.manual_seed(7)
         engine = start(small_model(PATCH_DROPOUT), stage, resident)
         train_on(engine, 0, BEFORE)
-        save_checkpoint(engine, f"{root}/{name}", BEFORE, HISTORY, keep=1)
+        save(engine, f"{root}/{name}")
         written = [(part.name, part.start, part.numel) for part in written_fragments(engine)]
         state = state_of(engine)
         records = train_on(engine, BEFORE, BEFORE + AFTER)
         found[name] = {"written": written, "state": state, "records": records, "weights": weights_of(engine)}
     for writer, reader in [*zip(STAGES, STAGES, strict=True), *CHANGES]:
-        checkpoint = find_checkpoint(f"{root}/{writer}")
-        assert checkpoint is not None
-        model = small_model(PATCH_DROPOUT)
-        fill_weights(model, checkpoint)
         torch.manual_seed(99)
-        engine = start(model, *STAGES[reader])
-        restore_rank(engine, checkpoint)
+        engine = resume(f"{root}/{writer}", reader)
         state = state_of(engine)
         records = train_on(engine, BEFORE, BEFORE + AFTER)
         found[f"{writer} to {reader}"] = {"state": state, "records": records, "weights": weights_of(engine)}
@@ -115,6 +130,66 @@ def test_another_stage_goes_on_from_the_same_state(ranks, writer, reader):
             assert record == pytest.approx(other, rel=1e-5, abs=1e-7)
         for parameter, value in expected["weights"].items():
             assert np.abs(found["weights"][parameter] - value).max() <= 1e-5 * np.abs(value).max(), parameter
+
+
+def whole_state(engine: Any) -> dict[str, np.ndarray]:
+    """Weights and moments by name and kind, put together from what all ranks update; nothing of a parameter is missing."""
+    import torch.distributed as dist
+
+    sizes = {name: value.numel() for name, value in small_model().named_parameters()}
+    found = {
+        f"{name} {kind}": np.full(numel, np.nan) for name, numel in sizes.items() for kind in ("weight", "first", "second")
+    }
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, state_of(engine))
+    for name, start, values in (part for rank in parts for part in rank):
+        for kind, held in zip(("weight", "first", "second"), values, strict=True):
+            found[f"{name} {kind}"][start : start + len(held)] = held
+    return found
+
+
+def save_stages_in_rank(root: str) -> dict[str, dict[str, np.ndarray]]:
+    """A checkpoint of every stage, of as many ranks as there are; the state that each holds."""
+    found = {}
+    for name, (stage, resident) in STAGES.items():
+        engine = start(small_model(PATCH_DROPOUT), stage, resident)
+        train_on(engine, 0, BEFORE)
+        save(engine, f"{root}/{name}")
+        found[name] = whole_state(engine)
+    return found
+
+
+def resume_stages_in_rank(root: str, pairs: list[tuple[str, str]]) -> dict[str, Any]:
+    """Every pair of a stage that wrote and one that goes on: the state, AdamW's steps, and random numbers to come."""
+    import torch
+
+    found = {}
+    for writer, reader in pairs:
+        torch.manual_seed(99)
+        engine = resume(f"{root}/{writer}", reader)
+        drawn = torch.rand(4).tolist()
+        steps = {float(state["step"]) for state in engine.basic_optimizer.state.values()}
+        found[f"{writer} to {reader}"] = {"state": whole_state(engine), "steps": steps, "drawn": drawn}
+        train_on(engine, BEFORE, BEFORE + 1)
+    return found
+
+
+@pytest.mark.parametrize(("num_before", "num_after"), [(2, 1), (1, 2), (3, 2)])
+def test_another_number_of_ranks_goes_on_from_the_same_state_in_every_stage(tmp_path, num_before, num_after):
+    expected = run_ranks(save_stages_in_rank, num_before, str(tmp_path))[0]
+    pairs = [*zip(STAGES, STAGES, strict=True), *CHANGES]
+    found = run_ranks(resume_stages_in_rank, num_after, str(tmp_path), pairs)
+    again = run_ranks(resume_stages_in_rank, num_after, str(tmp_path), pairs[:1])
+    for writer, reader in pairs:
+        for rank in found:
+            resumed = rank[f"{writer} to {reader}"]
+            assert resumed["steps"] == {float(BEFORE)}
+            assert resumed["state"].keys() == expected[writer].keys()
+            for name, value in expected[writer].items():
+                np.testing.assert_array_equal(resumed["state"][name], value, err_msg=f"{writer} to {reader}: {name}")
+    drawn = [rank["0 to 0"]["drawn"] for rank in found]
+    assert drawn == [rank["0 to 0"]["drawn"] for rank in again]  # seeded anew, the same whenever it goes on from here
+    assert len({tuple(numbers) for numbers in drawn}) == num_after  # and another for each rank
 
 
 def train_bf16_in_rank() -> dict[str, list[float]]:
