@@ -142,9 +142,9 @@ def whole_state(engine: Any) -> dict[str, np.ndarray]:
     }
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, state_of(engine))
-    for name, start, values in (part for rank in parts for part in rank):
+    for name, first, values in (part for rank in parts for part in rank):
         for kind, held in zip(("weight", "first", "second"), values, strict=True):
-            found[f"{name} {kind}"][start : start + len(held)] = held
+            found[f"{name} {kind}"][first : first + len(held)] = held
     return found
 
 

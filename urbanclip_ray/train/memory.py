@@ -18,7 +18,7 @@ class RankMemory(NamedTuple):
     optimizer: int  # AdamW's moments, and DeepSpeed's own copy of the weights that this rank updates
     embeddings: int  # of the contrastive batch: all ranks' rows, this rank's with their gradients
     pixels: int  # of one forward, as floats
-    spooled_pixels: int  # of two steps, on the local disk
+    spooled_pixels: int  # of three steps, on the local disk: one in use, one ready, one being made
 
     @property
     def held(self) -> int:
@@ -39,7 +39,7 @@ def plan_memory(num_parameters: int, embedding_width: int, image_px: int, config
         optimizer=MOMENTS_PER_PARAMETER * whole if stage == 0 else (MOMENTS_PER_PARAMETER + 1) * share,
         embeddings=FP32_BYTES * embedding_width * (2 * config.contrastive_batch_size + own_rows),
         pixels=FP32_BYTES * values_per_image * cut.rows_per_forward,
-        spooled_pixels=2 * values_per_image * cut.rows_per_step if cut.num_forwards * cut.num_contrastive > 1 else 0,
+        spooled_pixels=3 * values_per_image * cut.rows_per_step if cut.num_forwards * cut.num_contrastive > 1 else 0,
     )
 
 
