@@ -13,15 +13,16 @@ from typing import Any
 
 sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "distributed")]
 
+import ranks
 from figures import Figure, interleaved
-from ranks import run_ranks
 from s3_server import BUCKET, S3Server, missing_programs
 
 from urbanclip_ray.config import ModelConfig, TrainConfig
 
 NUM_RANKS = 2
 NUM_STEPS, SAVE_EVERY_STEPS = 150, 50
-NUM_RUNS = 5
+NUM_RUNS = 3
+TIMEOUT_S = 3600  # of all runs
 ROWS = 128  # over both ranks; a step of about half a second on 2 cores
 VOCAB_SIZE, NUM_TOKENS = 2000, 32
 MODEL = ModelConfig(architecture="coca_tiny_27", vocab_size=VOCAB_SIZE)
@@ -90,8 +91,9 @@ def train_in_rank(root: str) -> dict[str, float]:
 
 
 def measure() -> list[Figure]:
+    ranks.RESULT_TIMEOUT_S = TIMEOUT_S
     with storage() as (root, what):
-        found: dict[str, Any] = run_ranks(train_in_rank, NUM_RANKS, root)[0]
+        found: dict[str, Any] = ranks.run_ranks(train_in_rank, NUM_RANKS, root)[0]
     ratio = found["saving"] / found["plain"] - 1
     note = (
         f"{NUM_RANKS} ranks, {MODEL.architecture}, {NUM_STEPS} steps, {3 * 4 * found['parameters'] / 1e6:.0f} MB every "
