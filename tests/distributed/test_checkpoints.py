@@ -19,58 +19,17 @@ import pytest
 sys.path.append(str(Path(__file__).parent))  # ranks must be importable in the spawned processes too
 
 from ranks import RankError, run_ranks
+from small_checkpoints import CONFIG, RUN_FACTS, WIDTH, settle, start, step, write_in_rank, write_large_alone
 
-from urbanclip_ray.config import TrainConfig
 from urbanclip_ray.storage import StorageError
 from urbanclip_ray.train.checkpoint import find_checkpoint
 from urbanclip_ray.train.checkpoint_files import COMMIT, folder_name, list_checkpoints
 
-CONFIG = TrainConfig(micro_batch_size=2, contrastive_batch_size=4, global_batch_size=4, precision="fp32")
-RUN_FACTS: dict[str, Any] = {"history": {"train": [], "validation": []}, "progress": {}, "files": {}}
 LEFT_BEHIND = "0123abcd"  # the attempt of another training
-WIDTH = 3000  # of a layer whose checkpoint takes a while to write: 36 MB, and twice that of moments
-
-
-def start(width: int = 6) -> Any:
-    import torch
-    from torch import nn
-
-    from urbanclip_ray.train.engine import start_engine
-
-    torch.manual_seed(0)
-    return start_engine(nn.Linear(width, width), CONFIG)
-
-
-def step(engine: Any, number: int) -> None:
-    """One optimizer step, of however many forwards it has on this rank."""
-    import torch
-
-    for _ in range(engine.gradient_accumulation_steps()):
-        engine.backward(engine(torch.full((2, engine.module.in_features), float(number))).square().mean())
-        engine.step()
-
-
-def settle(writer: Any) -> None:
-    """Until the checkpoint of all ranks is committed."""
-    import torch.distributed as dist
-
-    writer.close()
-    dist.barrier()
 
 
 def steps_of(root: str | Path) -> list[str]:
     return [Path(uri).name.split("-")[1].lstrip("0") for uri in list_checkpoints(str(root))]
-
-
-def write_in_rank(root: str, steps: list[int], keep: int) -> str:
-    from urbanclip_ray.train.checkpoint_writer import CheckpointWriter
-
-    engine, writer = start(), CheckpointWriter(root, keep)
-    for number in steps:
-        step(engine, number)
-        writer.save(engine, number, **RUN_FACTS)
-    settle(writer)
-    return list_checkpoints(root)[0].rsplit("-", 1)[-1]
 
 
 def test_all_ranks_write_as_one_attempt_and_each_training_is_another(tmp_path):
@@ -251,28 +210,9 @@ def test_a_process_ends_though_files_of_another_rank_are_missing(tmp_path):
     assert time.monotonic() - before < 60
 
 
-def save_large_and_report(root: str, steps: list[int]) -> None:
-    from urbanclip_ray.train.checkpoint_writer import CheckpointWriter
-
-    engine, writer = start(WIDTH), CheckpointWriter(root, 5)
-    for number in steps:
-        step(engine, number)
-        writer.save(engine, number, **RUN_FACTS)
-    writer.close()
-    time.sleep(60)
-
-
-def run_alone(root: str, steps: list[int], folder: str) -> None:
-    import torch.distributed as dist
-
-    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=0, world_size=1)
-    save_large_and_report(root, steps)
-
-
 def test_a_process_killed_half_way_through_an_upload_leaves_nothing_that_is_loaded(tmp_path):
     root = tmp_path / "checkpoints"
-    process = multiprocessing.get_context("spawn").Process(target=run_alone, args=(str(root), [1, 2], str(tmp_path)))
+    process = multiprocessing.get_context("spawn").Process(target=write_large_alone, args=(str(root), [1, 2], str(tmp_path)))
     process.start()
     try:
         deadline, sizes = time.monotonic() + 60, [0]

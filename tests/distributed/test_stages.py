@@ -20,6 +20,15 @@ CHANGES = [("1", "3"), ("3", "0"), ("0", "2"), ("2", "3 without residents"), ("3
 PATCH_DROPOUT = 0.5  # so that the random state matters
 
 
+def begin(model: Any, stage: str) -> Any:
+    """The engine of a stage on as many ranks as there are, each of which takes two micro-batches to a step."""
+    import torch.distributed as dist
+
+    rows = CONFIG.micro_batch_size * dist.get_world_size()
+    config = CONFIG.model_copy(update={"contrastive_batch_size": rows, "global_batch_size": 2 * rows})
+    return start(model, *STAGES[stage], config=config)
+
+
 def train_on(engine: Any, first: int, last: int) -> list[dict[str, float]]:
     import torch.distributed as dist
 
@@ -63,7 +72,7 @@ def resume(root: str, stage: str) -> Any:
     assert checkpoint is not None
     model = small_model(PATCH_DROPOUT)
     fill_weights(model, checkpoint)
-    engine = start(model, *STAGES[stage])
+    engine = begin(model, stage)
     restore_rank(engine, checkpoint)
     return engine
 
@@ -74,11 +83,11 @@ def save_and_resume_in_rank(root: str) -> dict[str, Any]:
 
     from urbanclip_ray.train.fragments import written_fragments
 
-    start(small_model(), stage=3)  # replaces torch's linear layer for good: now, so that all runs below have the same
+    begin(small_model(), "3")  # replaces torch's linear layer for good: now, so that all runs below have the same
     found: dict[str, Any] = {}
-    for name, (stage, resident) in STAGES.items():
+    for name in STAGES:
         torch.manual_seed(7)
-        engine = start(small_model(PATCH_DROPOUT), stage, resident)
+        engine = begin(small_model(PATCH_DROPOUT), name)
         train_on(engine, 0, BEFORE)
         save(engine, f"{root}/{name}")
         written = [(part.name, part.start, part.numel) for part in written_fragments(engine)]
@@ -151,8 +160,8 @@ def whole_state(engine: Any) -> dict[str, np.ndarray]:
 def save_stages_in_rank(root: str) -> dict[str, dict[str, np.ndarray]]:
     """A checkpoint of every stage, of as many ranks as there are; the state that each holds."""
     found = {}
-    for name, (stage, resident) in STAGES.items():
-        engine = start(small_model(PATCH_DROPOUT), stage, resident)
+    for name in STAGES:
+        engine = begin(small_model(PATCH_DROPOUT), name)
         train_on(engine, 0, BEFORE)
         save(engine, f"{root}/{name}")
         found[name] = whole_state(engine)

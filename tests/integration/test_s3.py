@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -18,6 +19,11 @@ import pyarrow as pa
 import pytest
 from s3_server import Keys, S3Server
 from small_run import NUM_COLUMNS, NUM_ROWS, ROOT, city_options, run_job, write_city
+
+sys.path.append(str(ROOT / "tests" / "distributed"))  # ranks must be importable in the spawned processes too
+
+from ranks import run_ranks
+from small_checkpoints import RUN_FACTS, WIDTH, settle, start, step, write_in_rank, write_large_alone
 
 from urbanclip_ray.config import StoreConfig
 from urbanclip_ray.filesystems import STORES_VARIABLE, check_access, resolve, use_stores
@@ -36,6 +42,8 @@ from urbanclip_ray.storage import (
     read_bytes,
     write_bytes,
 )
+from urbanclip_ray.train.checkpoint import fill_weights, find_checkpoint
+from urbanclip_ray.train.checkpoint_files import list_checkpoints
 
 BUCKET = "tiles"
 OUTAGE_S = 6
@@ -392,3 +400,94 @@ def test_a_job_ends_with_the_fix_before_it_begins(variable, value, bucket, words
     assert f"error: s3://{bucket}/runs: {words}" in result.stderr
     assert "Traceback" not in result.stderr
     assert owner.secret not in result.stdout + result.stderr
+
+
+def fill_in_rank(root: str) -> list[Any]:
+    """The step that is found, and the weights."""
+    from torch import nn
+
+    found, model = find_checkpoint(root, pytest.fail), nn.Linear(6, 6)
+    assert found is not None
+    fill_weights(model, found)
+    return [found.step, model.weight.tolist()]
+
+
+def test_checkpoints_of_two_ranks_are_kept_pruned_and_read_by_three(tmp_path):
+    for root in (f"s3://{BUCKET}/checkpoints/pruned", str(tmp_path)):
+        run_ranks(write_in_rank, 2, root, [1, 2, 3], 2)
+    root = f"s3://{BUCKET}/checkpoints/pruned"
+    assert [uri.split("-")[1] for uri in list_checkpoints(root)] == ["00000003", "00000002"]
+    files = [str(info.path) for info in list_files(root)]
+    assert len(files) == 2 * 6  # nothing is left of the first
+    found = run_ranks(fill_in_rank, 3, root)
+    assert found == [fill_in_rank(str(tmp_path))] * 3
+    assert found[0][0] == 3
+
+
+def test_a_damaged_checkpoint_on_object_storage_is_named_and_the_one_before_is_used():
+    root = f"s3://{BUCKET}/checkpoints/damaged"
+    run_ranks(write_in_rank, 2, root, [1, 2], 2)
+    damaged = join(list_checkpoints(root)[0], "rank-00001.safetensors")
+    write_bytes(damaged, read_bytes(damaged)[:-1] + b"?")
+    warnings: list[str] = []
+    found = find_checkpoint(root, warnings.append)
+    assert found is not None
+    assert found.step == 1
+    assert warnings == [f"{damaged} is damaged: its checksum is not the committed one; trying the checkpoint before it"]
+
+
+def test_a_process_killed_in_the_middle_of_an_upload_leaves_nothing_that_is_loaded(s3_server, owner, tmp_path):
+    root, client = f"s3://{BUCKET}/checkpoints/killed", s3_server.client(owner)
+    process = multiprocessing.get_context("spawn").Process(target=write_large_alone, args=(root, [1, 2], str(tmp_path)))
+    process.start()
+    try:
+        deadline = time.monotonic() + 120
+        uploading: list[str] = []
+        while not any("step-00000002" in key for key in uploading):
+            assert time.monotonic() < deadline
+            assert process.is_alive()
+            uploads = client.list_multipart_uploads(Bucket=BUCKET, Prefix="checkpoints/killed/")
+            uploading = [upload["Key"] for upload in uploads.get("Uploads", [])]
+    finally:
+        process.kill()
+        process.join()
+    warnings: list[str] = []
+    found = find_checkpoint(root, warnings.append)
+    assert found is not None
+    assert found.step == 1
+    assert not [info for info in list_files(root) if "step-00000002" in info.path and info.size > 0]
+
+
+def save_through_a_crash(root: str, started: str) -> bool:
+    """Checkpoints before and after a server's crash; training goes on meanwhile."""
+    from urbanclip_ray.train.checkpoint_writer import CheckpointWriter
+
+    engine, writer = start(WIDTH), CheckpointWriter(root, 2)
+    step(engine, 1)
+    writer.save(engine, 1, **RUN_FACTS)
+    Path(started).touch()
+    for number in range(2, 6):
+        time.sleep(2)
+        step(engine, number)
+        writer.save(engine, number, **RUN_FACTS)
+    settle(writer)
+    return True
+
+
+def test_a_crash_while_checkpoints_are_uploaded_loses_none(s3_server, tmp_path):
+    root, started = f"s3://{BUCKET}/checkpoints/crash", tmp_path / "started"
+
+    def crash_when_started() -> None:
+        deadline = time.monotonic() + 60
+        while not started.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        crash(s3_server)
+
+    thread = Thread(target=crash_when_started)
+    thread.start()
+    assert run_ranks(save_through_a_crash, 2, root, str(started)) == [True, True]
+    thread.join()
+    assert [uri.split("-")[1] for uri in list_checkpoints(root)] == ["00000005", "00000004"]
+    found = find_checkpoint(root, pytest.fail)
+    assert found is not None
+    assert found.step == 5
