@@ -113,9 +113,9 @@ class S3Server:
         self._run("ceph-mon", "-i", "a", "--mkfs", "--monmap", monmap, "--keyring", keyring)
         self._run("ceph-mon", "-i", "a")
         osd = str(uuid.uuid4())
-        self._run("ceph", "--connect-timeout", str(START_TIMEOUT_S), "osd", "new", osd)
+        self._ask_monitor("osd", "new", osd)
         self._run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
-        self._run("ceph", "osd", "crush", "add", "osd.0", "1.0", "host=here", "root=default")
+        self._ask_monitor("osd", "crush", "add", "osd.0", "1.0", "host=here", "root=default")
         self._run("ceph-osd", "-i", "0")
         self.start_gateway()
 
@@ -169,6 +169,19 @@ class S3Server:
 
     def _run(self, program: str, *arguments: str) -> str:
         return _run(program, "-c", str(self.folder / "ceph.conf"), *arguments)
+
+    def _ask_monitor(self, *arguments: str) -> None:
+        """A command that may be given twice: a monitor that has only just started on a busy machine answers EPERM."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            try:
+                self._run("ceph", "--connect-timeout", str(START_TIMEOUT_S), *arguments)
+            except RuntimeError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+            else:
+                return
 
     def _kill(self, name: str) -> None:
         """End one process by its id, if the id is still that of a process of this server."""
