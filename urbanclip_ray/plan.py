@@ -110,6 +110,7 @@ def count_training_rows(run: Run) -> tuple[int, bool]:
 
 def pretraining_facts(run: Run) -> dict[str, str]:
     """What is trained, on how much, with what."""
+    from urbanclip_ray.train.memory import describe_memory, plan_memory
     from urbanclip_ray.train.shards import count_steps
 
     config, train, resources = run.config, run.config.train, run.config.resources
@@ -118,13 +119,16 @@ def pretraining_facts(run: Run) -> dict[str, str]:
     num_steps = count_steps(num_rows, train.epochs, train.global_batch_size)
     vocabulary = f", a vocabulary of {config.model.vocab_size:,} at most" if config.model.tokenizer == "bpe" else ""
     gpus = " and 1 GPU" if resources.use_gpu else ""
+    model = shape_of(config.model)
+    memory = plan_memory(*model, train, config.worker_counts()[0])
     return {
-        "model": f"{config.model.architecture}, {count_parameters(config.model):,} parameters{vocabulary}",
+        "model": f"{config.model.architecture}, {model.num_parameters:,} parameters{vocabulary}",
         "training rows": f"{about}{num_rows:,}, {train.epochs} epochs",
         "steps": f"{about}{num_steps:,}",
         "batch sizes": f"{train.contrastive_batch_size} contrastive, {train.global_batch_size} per step",
         "precision": train.precision,
         "ZeRO stage": str(train.zero_stage),
+        "memory": describe_memory(memory),
         "workers": f"{show_workers(config)}; {resources.cpus_per_worker} CPU{gpus} each",
     }
 
@@ -138,8 +142,16 @@ def show_workers(config: RunConfig) -> str:
     return " or ".join(shown)
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """Parameters of the model, counted without allocating them."""
+class ModelShape(NamedTuple):
+    """What the memory of a model follows from."""
+
+    num_parameters: int
+    embedding_width: int
+    image_px: int
+
+
+def shape_of(config: ModelConfig) -> ModelShape:
+    """The shape of the model, whose parameters are not allocated."""
     import torch
 
     from urbanclip_ray.model.architectures import open_clip_config
@@ -148,7 +160,8 @@ def count_parameters(config: ModelConfig) -> int:
     vocab_size = config.vocab_size if config.tokenizer == "bpe" else None
     with torch.device("meta"):
         model = CoCa(open_clip_config(config, vocab_size))
-    return sum(parameter.numel() for parameter in model.parameters())
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return ModelShape(num_parameters, model.embedding_width, model.image_px)
 
 
 def _facts_table(title: str, facts: Mapping[str, str]) -> Table:

@@ -12,7 +12,7 @@ from urbanclip_ray.config import ConfigError, ModelConfig, RunConfig
 from urbanclip_ray.model.architectures import open_clip_config
 from urbanclip_ray.model.coca import build_model
 from urbanclip_ray.overrides import apply_overrides
-from urbanclip_ray.plan import count_parameters, count_training_rows, pretraining_facts, show_plan, survey
+from urbanclip_ray.plan import count_training_rows, pretraining_facts, shape_of, show_plan, survey
 from urbanclip_ray.recipes import load_recipe
 from urbanclip_ray.stages import STAGES, Run
 from urbanclip_ray.storage import publish
@@ -82,6 +82,7 @@ def test_the_plan_shows_stages_sizes_and_places_and_writes_nothing(config, capsy
         "about 6, 2 epochs",
         "2 (1 forward of 8 rows)",
         "16 per step",
+        "and what a forward keeps for its backward (weights",
     ):
         assert part in shown
     assert sorted(path.name for path in tmp_path.iterdir()) == ["city"]
@@ -110,12 +111,12 @@ def test_training_rows_are_counted_once_they_are_packed(config):
 def test_parameters_are_counted_without_being_allocated(architecture):
     config = ModelConfig(architecture=architecture, vocab_size=400)
     real = build_model(open_clip_config(config, 400), seed=0)
-    assert count_parameters(config) == sum(parameter.numel() for parameter in real.parameters())
+    assert shape_of(config).num_parameters == sum(parameter.numel() for parameter in real.parameters())
 
 
 def test_a_model_of_a_size_that_would_not_fit_here_is_counted():
     config = ModelConfig(architecture="coca_ViT-L-14", tokenizer="open_clip")
-    assert 600e6 < count_parameters(config) < 700e6
+    assert 600e6 < shape_of(config).num_parameters < 700e6
 
 
 def test_a_model_that_there_is_not_fails_the_plan(config):
