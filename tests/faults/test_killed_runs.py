@@ -67,17 +67,24 @@ def train_and_note(spec: TrainSpec, notes: str, kill: Kill | None) -> None:
 
     from urbanclip_ray.train import loop
 
-    take_step = loop.take_step
+    take_step, steps = loop.take_step, loop.Order.steps
+    planned: dict[int, list[tuple[int, int]]] = {}
+
+    def noted_steps(self: Any, rank: int) -> Any:
+        for chosen in steps(self, rank):
+            planned[chosen.step] = list(zip(chosen.rows.place.tolist(), chosen.rows.epoch.tolist(), strict=True))
+            yield chosen
 
     def noted(engine: Any, step: Any, num_steps: int, config: Any) -> Any:
         if kill is not None and (step.step, dist.get_rank()) == kill:
             os.kill(os.getpid(), signal.SIGKILL)
         result = take_step(engine, step, num_steps, config)
         with open(f"{notes}-{dist.get_rank()}.jsonl", "a") as file:
-            file.write(json.dumps([step.step, result.row_ids.tolist()]) + "\n")
+            assert result.row_ids.tolist() == [row for row, _ in planned[step.step]]
+            file.write(json.dumps([step.step, planned[step.step]]) + "\n")
         return result
 
-    loop.take_step = noted
+    loop.take_step, loop.Order.steps = noted, noted_steps
     loop.train_rank(spec)
 
 
@@ -94,14 +101,14 @@ def run_with_kills(spec: TrainSpec, notes: Path, workers: list[int], kills: list
         assert not exists(spec.results_uri)
 
 
-def rows_taken(notes: Path) -> dict[int, list[int]]:
-    """The rows of every step, as the last attempt took it that came so far."""
-    steps: dict[int, dict[str, list[int]]] = {}
+def rows_taken(notes: Path) -> dict[int, list[tuple[int, int]]]:
+    """The rows of every step with their epochs, as the last attempt took it that came so far."""
+    steps: dict[int, dict[str, list[tuple[int, int]]]] = {}
     for file in sorted(notes.iterdir()):
         attempt = file.name.split("-")[0]
         for line in file.read_text().splitlines():
             step, rows = json.loads(line)
-            steps.setdefault(step, {}).setdefault(attempt, []).extend(rows)
+            steps.setdefault(step, {}).setdefault(attempt, []).extend((row, epoch) for row, epoch in rows)
     return {step: attempts[max(attempts)] for step, attempts in steps.items()}
 
 
@@ -134,13 +141,8 @@ def uninterrupted(request, shards) -> tuple[int, str]:
 def assert_every_row_once_an_epoch(notes: Path) -> None:
     taken = rows_taken(notes)
     assert sorted(taken) == list(range(NUM_STEPS))
-    in_order = [row for step in range(NUM_STEPS) for row in sorted(taken[step])]
-    assert len(in_order) == NUM_ROWS * EPOCHS
-    assert Counter(in_order) == dict.fromkeys(range(NUM_ROWS), EPOCHS)
-    for epoch in range(EPOCHS):  # steps within which the epoch begins and ends hold rows of its neighbours too
-        first, last = -(-epoch * NUM_ROWS // ROWS_PER_STEP), (epoch + 1) * NUM_ROWS // ROWS_PER_STEP
-        inside = Counter(row for step in range(first, last) for row in taken[step])
-        assert max(inside.values()) == 1, f"epoch {epoch}: a row came twice"
+    counted = Counter(pair for pairs in taken.values() for pair in pairs)
+    assert counted == {(row, epoch): 1 for row in range(NUM_ROWS) for epoch in range(EPOCHS)}
 
 
 def test_with_other_numbers_of_workers_every_row_of_every_epoch_comes_once(shards, uninterrupted, tmp_path):

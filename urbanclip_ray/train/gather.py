@@ -11,5 +11,5 @@ from torch import Tensor
 def gather_rows(rows: Tensor) -> Tensor:
     """[rows, ...] of this rank -> [ranks x rows, ...] in rank order; every rank has equally many rows."""
     gathered = rows.new_empty(dist.get_world_size() * rows.shape[0], *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, rows.contiguous())
+    dist.all_gather_single(gathered, rows.contiguous())
     return gathered
