@@ -43,6 +43,7 @@ def pretraining(arm: Arm, seed: int, options: argparse.Namespace) -> RunConfig:
         [
             f"source.uri={options.rsicd}",
             f"storage={options.storage}",
+            "model.architecture=coca_tiny_27",  # small, so that a run takes minutes
             f"train.epochs={options.epochs}",
             f"train.contrastive_batch_size={arm.contrastive}",
             f"train.global_batch_size={arm.step}",
@@ -128,7 +129,7 @@ def main() -> None:
     parser.add_argument("--rsicd", required=True, help="RSICD: captions.json and the images")
     parser.add_argument("--kingcounty", required=True, help="a folder with images/ and labels.csv")
     parser.add_argument("--storage", required=True, help="where runs are kept")
-    parser.add_argument("--epochs", type=int, default=4, help="passes over the training rows (default: 4)")
+    parser.add_argument("--epochs", type=int, default=12, help="passes over the training rows (default: 12)")
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
     options = parser.parse_args()
     results = [run_one(arm, seed, options) for seed in SEEDS for arm in options.arms]
