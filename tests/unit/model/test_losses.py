@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from urbanclip_ray.model import losses
 from urbanclip_ray.model.losses import caption_loss, contrastive_loss, shift_tokens
 
 ROWS, WIDTH = 12, 8
@@ -118,19 +119,19 @@ def test_with_different_texts_sigmoid_is_siglips_loss():
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_values_and_gradients_are_those_of_all_logits_at_once(kind, dtype, chunk, num_ranks):
     pairs = make_pairs(dtype)
-    losses = losses_of_ranks(pairs, KEYS, num_ranks, kind=kind, chunk=chunk)
+    shares = losses_of_ranks(pairs, KEYS, num_ranks, kind=kind, chunk=chunk)
     whole = reference(pairs, KEYS, kind)
     tolerance = {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 2e-6}
-    torch.testing.assert_close(torch.stack(losses).mean(), whole, **tolerance)
-    assert_close(gradients(sum(losses), pairs), gradients(whole * num_ranks, pairs), **tolerance)
+    torch.testing.assert_close(torch.stack(shares).mean(), whole, **tolerance)
+    assert_close(gradients(sum(shares), pairs), gradients(whole * num_ranks, pairs), **tolerance)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_ranks_rows_get_the_gradient_of_all_ranks_losses_and_the_scale_that_of_its_own(kind):
     pairs = make_pairs(torch.float64)
-    losses = losses_of_ranks(pairs, KEYS, 3, kind=kind, chunk=5)
+    shares = losses_of_ranks(pairs, KEYS, 3, kind=kind, chunk=5)
     whole = gradients(reference(pairs, KEYS, kind) * 3, pairs)
-    for loss, rows in zip(losses, torch.arange(ROWS).split(4), strict=True):
+    for loss, rows in zip(shares, torch.arange(ROWS).split(4), strict=True):
         own = reference(pairs, KEYS, kind, rows)
         torch.testing.assert_close(loss, own)
         found = gradients(loss, pairs)
@@ -267,7 +268,11 @@ def caption_reference(hidden, projection, labels):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("places_at_once", [1, 2, 3, 4, 11, 100])
-def test_the_caption_loss_is_the_cross_entropy_over_labels_that_are_no_padding(dtype, places_at_once):
+@pytest.mark.parametrize("places_cached", [1, 3, 100])
+def test_the_caption_loss_is_the_cross_entropy_over_labels_that_are_no_padding(
+    monkeypatch, dtype, places_at_once, places_cached
+):
+    monkeypatch.setattr(losses, "CACHED_VALUES", places_cached * VOCABULARY)
     hidden, projection, labels = make_captions(dtype)
     loss = caption_loss(hidden, projection, labels, pad_id=0, chunk_values=places_at_once * VOCABULARY)
     expected = caption_reference(hidden, projection, labels)
@@ -299,8 +304,17 @@ def test_a_label_that_the_model_rules_out_has_a_finite_loss():
     assert float(torch.autograd.grad(loss.total, hidden)[0]) == 200
 
 
+def test_a_row_whose_states_are_no_numbers_is_the_only_one_whose_loss_is_none():
+    hidden, projection, labels = make_captions()
+    with torch.no_grad():
+        hidden[1, 0] = float("nan")
+        rows = caption_loss(hidden, projection, labels, 0, chunk_values=2 * VOCABULARY).rows
+    assert torch.isnan(rows).tolist() == [False, True, False, False]
+
+
 @pytest.mark.parametrize("places_at_once", [3, 100])
-def test_in_bf16_autocast_the_caption_loss_is_near_fp32_and_as_near_as_plain_cross_entropy(places_at_once):
+def test_in_bf16_autocast_the_caption_loss_is_near_fp32_and_as_near_as_plain_cross_entropy(monkeypatch, places_at_once):
+    monkeypatch.setattr(losses, "CACHED_VALUES", 2 * VOCABULARY)
     hidden, projection, labels = make_captions()
     exact = caption_reference(hidden, projection, labels)
     exact_gradients = torch.autograd.grad(exact.sum(), (hidden, projection))
