@@ -32,6 +32,7 @@ def steps_of(root: str | Path) -> list[str]:
     return [Path(uri).name.split("-")[1].lstrip("0") for uri in list_checkpoints(str(root))]
 
 
+@pytest.mark.slow
 def test_all_ranks_write_as_one_attempt_and_each_training_is_another(tmp_path):
     first, second = (run_ranks(write_in_rank, 2, str(tmp_path / name), [1], 1) for name in ("a", "b"))
     assert first[0] == first[1] != second[0] == second[1]
@@ -62,6 +63,7 @@ def written(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rank-00000.safetensors", "rank-00001.safetensors", "rank-00001.json", "run.json", COMMIT])
 def test_where_one_file_is_damaged_no_rank_takes_that_checkpoint(written, tmp_path, name):
     root = Path(shutil.copytree(written, tmp_path / "root"))
@@ -74,6 +76,7 @@ def test_where_one_file_is_damaged_no_rank_takes_that_checkpoint(written, tmp_pa
     assert second[1] == []  # said once
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_shares_the_check_and_agrees(written, tmp_path):
     root = Path(shutil.copytree(written, tmp_path / "root"))
     for number, name in ((3, "rank-00000.safetensors"), (2, "rank-00001.safetensors")):
@@ -81,6 +84,7 @@ def test_another_number_of_ranks_shares_the_check_and_agrees(written, tmp_path):
     assert [found for found, _ in run_ranks(find_in_rank, 3, str(root))] == [1, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank_in_distress", [0, 1])
 def test_storage_that_one_rank_cannot_read_ends_all_ranks_and_starts_nothing_anew(written, rank_in_distress):
     first, second = run_ranks(find_in_rank, 2, str(written), rank_in_distress)
@@ -152,6 +156,7 @@ def fail_in_rank(root: str) -> list[str]:
     return raised
 
 
+@pytest.mark.slow
 def test_what_went_wrong_in_the_background_is_raised_by_the_next_save_or_by_close(tmp_path):
     (tmp_path / "file").write_text("")
     (raised,) = run_ranks(fail_in_rank, 1, str(tmp_path / "file" / "checkpoints"))
@@ -176,6 +181,7 @@ def lose_a_rank(root: str, ranks_timeout_s: float, wait: bool) -> str:
     return "no error"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wait", "error"), [(True, "no files of rank 1 after 1 s: see that rank's own error"), (False, "an error of the training")]
 )
@@ -204,6 +210,7 @@ def leave_at_once(root: str) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_process_ends_though_files_of_another_rank_are_missing(tmp_path):
     before = time.monotonic()
     assert run_ranks(leave_at_once, 1, str(tmp_path)) == [None]  # ended by itself: a killed one counts as failed
@@ -244,6 +251,7 @@ def leave(root: Path, number: int, committed_from: Path | None = None) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_leftovers_of_another_attempt_are_never_mixed_in_and_go_when_they_are_not_newer(tmp_path):
     older, same, newer = (leave(tmp_path, number) for number in (1, 2, 3))
     run_ranks(write_in_rank, 2, str(tmp_path), [2], 1)
@@ -253,6 +261,7 @@ def test_leftovers_of_another_attempt_are_never_mixed_in_and_go_when_they_are_no
     assert find_checkpoint(str(tmp_path), lambda message: None).step == 2
 
 
+@pytest.mark.slow
 def test_the_newest_are_kept_though_another_attempt_left_a_damaged_one_of_a_later_step(written, tmp_path):
     later = leave(tmp_path, 4, committed_from=next(written.glob("step-00000003-*")))
     run_ranks(write_in_rank, 1, str(tmp_path), [1, 2, 3], 1)

@@ -183,6 +183,7 @@ def resume_stages_in_rank(root: str, pairs: list[tuple[str, str]]) -> dict[str, 
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_before", "num_after"), [(2, 1), (1, 2), (3, 2)])
 def test_another_number_of_ranks_goes_on_from_the_same_state_in_every_stage(tmp_path, num_before, num_after):
     expected = run_ranks(save_stages_in_rank, num_before, str(tmp_path))[0]
