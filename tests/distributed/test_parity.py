@@ -42,7 +42,7 @@ def train_in_rank(num_steps: int) -> dict[str, dict[str, Any]]:
     for name, (stage, resident) in VARIANTS.items():
         engine = start(small_model(), stage, resident)
         rank = dist.get_rank()
-        records = [take_step(engine, share_of(rank, step), num_steps, CONFIG) for step in range(num_steps)]
+        records = [take_step(engine, share_of(rank, step), num_steps, CONFIG).record for step in range(num_steps)]
         num_held = sum(value.numel() for value in engine.module.parameters())
         with whole_weights(engine):
             weights = {name: value.detach().clone().numpy() for name, value in engine.module.named_parameters()}

@@ -35,7 +35,7 @@ def train_on(engine: Any, first: int, last: int) -> list[dict[str, float]]:
     from urbanclip_ray.train.loop import take_step
 
     rank = dist.get_rank() % NUM_RANKS
-    return [take_step(engine, share_of(rank, step), BEFORE + AFTER, CONFIG) for step in range(first, last)]
+    return [take_step(engine, share_of(rank, step), BEFORE + AFTER, CONFIG).record for step in range(first, last)]
 
 
 def weights_of(engine: Any) -> dict[str, np.ndarray]:
