@@ -58,13 +58,13 @@ def train_in_rank(root: str) -> dict[str, float]:
     from urbanclip_ray.train.batches import TrainBatch, TrainStep
     from urbanclip_ray.train.checkpoint_writer import CheckpointWriter
     from urbanclip_ray.train.engine import attention_kernel, start_engine
-    from urbanclip_ray.train.loop import take_step
+    from urbanclip_ray.train.step import take_step
 
     model = build_model(open_clip_config(MODEL, VOCAB_SIZE), seed=0)
     engine = start_engine(model, CONFIG)
     rows = ROWS // NUM_RANKS
     random = torch.Generator().manual_seed(dist.get_rank())
-    images = torch.randn(rows, 3, model.image_px, model.image_px, generator=random)
+    images = torch.randint(0, 256, (rows, model.image_px, model.image_px, 3), dtype=torch.uint8, generator=random)
     tokens = torch.randint(4, VOCAB_SIZE, (rows, NUM_TOKENS), generator=random)
     batch = TrainBatch(images, tokens, torch.arange(rows) + rows * dist.get_rank(), torch.arange(rows))
     taken = 0
@@ -75,7 +75,7 @@ def train_in_rank(root: str) -> dict[str, float]:
         before = time.perf_counter()
         for number in range(1, NUM_STEPS + 1):
             with attention_kernel(engine.device, CONFIG):
-                take_step(engine, TrainStep(number, 0, [batch]), 10 * NUM_STEPS, CONFIG)
+                take_step(engine, TrainStep(number, 0, rows * (NUM_TOKENS - 1), [batch]), 10 * NUM_STEPS, CONFIG)
             if writer is not None and number % SAVE_EVERY_STEPS == 0:
                 writer.save(engine, taken + number, history={"train": [], "validation": []}, progress={}, files={})
         if writer is not None:
@@ -99,4 +99,4 @@ def measure() -> list[Figure]:
         f"{NUM_RANKS} ranks, {MODEL.architecture}, {NUM_STEPS} steps, {3 * 4 * found['parameters'] / 1e6:.0f} MB every "
         f"{SAVE_EVERY_STEPS} to {what}; ratio: extra share of the training time"
     )
-    return [Figure("checkpoint stall", found["saving"], found["plain"], ratio, "s", LIMIT, note)]
+    return [Figure("checkpoint_stall", found["saving"], found["plain"], ratio, "s", LIMIT, note)]
