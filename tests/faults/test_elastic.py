@@ -64,7 +64,8 @@ def test_a_lost_node_leads_to_a_restart_at_the_size_that_is_left(tmp_path, addre
         (notes / f"{num_ranks}-{rank}-{taken}").touch()
         on_head = "--head" in Path(f"/proc/{os.getppid()}/cmdline").read_text()  # its loss would end the cluster
         if num_ranks > 1 and taken == LOST_AFTER_STEP and not on_head:
-            os.kill(os.getppid(), signal.SIGKILL)  # the raylet: the whole node is gone
+            os.kill(os.getppid(), signal.SIGKILL)  # the raylet, and at once its worker: the whole node is gone
+            os.kill(os.getpid(), signal.SIGKILL)
 
     city = [f"source.uri={write_city(tmp_path / 'city')}", "source.metadata=tiles.csv", f"storage={tmp_path / 'storage'}"]
     config = apply_overrides(
