@@ -26,6 +26,7 @@ USES_RAY = {
     "urbanclip_ray.check",
     "urbanclip_ray.verify",
     "urbanclip_ray.sources.ingest",
+    "urbanclip_ray.sources.label_rasters",
     "urbanclip_ray.captioners.caption",
     "urbanclip_ray.captioners.refine",
     "urbanclip_ray.captioners.sample",

@@ -47,7 +47,7 @@ def footprints(zoom: np.ndarray, x: np.ndarray, y: np.ndarray) -> Footprints:
     lon, lat = place(0.5, 0.5)
     west, east = (wgs84_from_bd09(*place(right, 0.5))[0] for right in (0.0, 1.0))
     south, north = (wgs84_from_bd09(*place(0.5, up))[1] for up in (0.0, 1.0))
-    return Footprints(*wgs84_from_bd09(lon, lat), west, south, east, north, in_china)
+    return Footprints(*wgs84_from_bd09(lon, lat), west, south, east, north, is_in_china(lon, lat))
 
 
 def tile_side(zoom: np.ndarray) -> np.ndarray:

@@ -64,7 +64,7 @@ def boxes_around(lon: np.ndarray, lat: np.ndarray, side_m: float) -> np.ndarray:
 def are_boxes(boxes: np.ndarray) -> np.ndarray:
     """Whether boxes are known, have an area, and do not cross the antimeridian, bool [tiles]."""
     west, south, east, north = boxes.T
-    return np.asarray((-180 <= west) & (west < east) & (east <= 180) & (-90 <= south) & (south < north) & (north <= 90))
+    return np.asarray((west >= -180) & (west < east) & (east <= 180) & (south >= -90) & (south < north) & (north <= 90))
 
 
 def resolutions_m(boxes: np.ndarray, width_px: np.ndarray, height_px: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,8 @@ WGS84 = Geod(ellps="WGS84")
 
 def distance_m(lon: np.ndarray, lat: np.ndarray, other_lon: np.ndarray, other_lat: np.ndarray) -> np.ndarray:
     """Length of the shortest line between points in WGS84 degrees, float64 [points]."""
-    _, _, length_m = WGS84.inv(*np.broadcast_arrays(lon, lat, other_lon, other_lat))
+    lon, lat, other_lon, other_lat = np.broadcast_arrays(lon, lat, other_lon, other_lat)
+    _, _, length_m = WGS84.inv(lon, lat, other_lon, other_lat)
     return np.asarray(length_m)
 
 

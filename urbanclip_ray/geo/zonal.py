@@ -98,7 +98,8 @@ def measure_block(
     source = NumPyRasterSource(cells, left, bottom, right, top)
     weighting = "coverage_weight=area_spherical_m2" if in_degrees else "coverage_weight=fraction"
     statistic = f"value={operation}" + (f"({weighting})" if operation == "mean" else "")
-    table = exact_extract(source, _rings_source(rings), [statistic, "cells=count"], output="pandas", strategy="raster-sequential")
+    statistics = [statistic, "cells=count"]
+    table = exact_extract(source, _rings_source(rings), statistics, output="pandas", strategy="raster-sequential")
     value = table["value"].to_numpy(np.float64)
     covered = table["cells"].to_numpy(np.float64) * grid.cell_width * grid.cell_height / areas(rings)
     return Measured(np.where(covered > 0, value, np.nan), np.minimum(covered, 1.0))
@@ -108,7 +109,7 @@ def _rings_source(rings: np.ndarray) -> Any:
     """Polygons as exactextract asks for them, without the detour over GeoJSON that its own sources take."""
     from exactextract.feature import Feature, FeatureSource
 
-    class Polygon(Feature):  # type: ignore[misc]
+    class Polygon(Feature):
         """A footprint without properties."""
 
         def __init__(self, binary: bytes) -> None:
@@ -121,7 +122,7 @@ def _rings_source(rings: np.ndarray) -> Any:
         def fields(self) -> list[str]:
             return []
 
-    class Polygons(FeatureSource):  # type: ignore[misc]
+    class Polygons(FeatureSource):
         """All footprints of a block."""
 
         def count(self) -> int:
