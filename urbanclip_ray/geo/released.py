@@ -79,11 +79,12 @@ def _degrees_by_baidu(east: np.ndarray, north: np.ndarray) -> tuple[np.ndarray, 
         inside = (band.south <= north) & (north < end)
         share = north[inside] / band.unit
         lon[inside] = band.lon[0] + band.lon[1] * east[inside]
-        # term by term from the constant, with repeated products: any other order changes the last digit
-        power = np.ones_like(share)
         total = np.zeros_like(share)
-        for coefficient in band.lat:
-            total += coefficient * power
-            power = power * share
+        for exponent, coefficient in enumerate(band.lat):
+            # as Baidu writes it, c * share * share and so on from the constant: any other order changes the last digit
+            term = np.full_like(share, coefficient)
+            for _ in range(exponent):
+                term *= share
+            total += term
         lat[inside] = total
     return lon, lat
