@@ -41,11 +41,12 @@ def place_windows(crs: CRS, left: np.ndarray, bottom: np.ndarray, right: np.ndar
     east, east_lat = to_degrees.transform(right, middle_y)
     _, south = to_degrees.transform(middle_x, bottom)
     _, north = to_degrees.transform(middle_x, top)
-    lon = _wrapped(lon)
-    west, east = (lon + _wrapped(edge - lon) for edge in (west, east))  # the way round that is shorter
-    crosses = (west < -180 - ROUNDING_DEG) | (east > 180 + ROUNDING_DEG)
-    parallel, meridian = metres_per_degree(lat)
-    turn_deg = np.abs(np.degrees(np.arctan2((east_lat - west_lat) * meridian, (east - west) * parallel)))
+    with np.errstate(invalid="ignore"):  # of infinite places
+        lon = _wrapped(lon)
+        west, east = (lon + _wrapped(edge - lon) for edge in (west, east))  # the way round that is shorter
+        crosses = (west < -180 - ROUNDING_DEG) | (east > 180 + ROUNDING_DEG)
+        parallel, meridian = metres_per_degree(lat)
+        turn_deg = np.abs(np.degrees(np.arctan2((east_lat - west_lat) * meridian, (east - west) * parallel)))
     return PlacedWindows(lon, lat, np.maximum(west, -180), south, np.minimum(east, 180), north, turn_deg, crosses)
 
 

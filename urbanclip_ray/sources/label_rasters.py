@@ -20,6 +20,7 @@ from urbanclip_ray.geo.zonal import Block, Grid, Measured, count_shared_cells, m
 from urbanclip_ray.sources.base import SourceError
 from urbanclip_ray.sources.raster_files import crs_of, open_raster
 
+TOUCHED = 1e-6  # share of a footprint: less is the rounding of an edge that it shares with a cell
 MAX_WAITING_TASKS = 64  # each holds its outlines in the object store
 
 
@@ -63,7 +64,7 @@ def _measure_raster(
     for members, result in _run_tasks(raster, described, plan_blocks(rings, grid), rings, per_task):
         measured.value[places[members]] = result.value
         measured.covered[places[members]] = result.covered
-    touched = measured.covered > 0
+    touched = measured.covered > TOUCHED
     if not touched.any():
         raise SourceError(
             f"labels.rasters.{name}: {raster.uri} has data under none of {int(known.sum())} tiles: it lies elsewhere, or its "
