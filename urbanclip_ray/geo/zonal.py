@@ -5,6 +5,7 @@ Cells are read in blocks: footprints that lie near each other share one read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 from urbanclip_ray.geo.boxes import areas
 
 Operation = Literal["mean", "sum"]
-BLOCK_CELLS = 2048  # side of the squares of cells by which footprints are sorted
+BLOCK_CELLS = 1 << 22  # of the rectangles by which footprints are sorted
 MAX_BLOCK_CELLS = 1 << 26  # read at once; footprints that spread wider are read one by one
 POLYGON = b"\x01\x03\x00\x00\x00\x01\x00\x00\x00"  # well-known binary: little endian, polygon, one ring
 
@@ -46,8 +47,18 @@ class Measured(NamedTuple):
     covered: np.ndarray  # share of the footprint over cells with data
 
 
-def plan_blocks(rings: np.ndarray, grid: Grid) -> list[Block]:
-    """The reads that cover all footprints [footprints, points, 2]; those beside the raster, or not finite, are in none."""
+def shape_blocks(grid: Grid, is_striped: bool) -> tuple[int, int]:
+    """Columns and rows of the rectangles that are read at once: whole rows where the file holds its cells in strips."""
+    columns = grid.num_columns if is_striped else min(grid.num_columns, math.isqrt(BLOCK_CELLS))
+    return columns, max(1, BLOCK_CELLS // columns)
+
+
+def plan_blocks(rings: np.ndarray, grid: Grid, block_shape: tuple[int, int]) -> list[Block]:
+    """The reads that cover all footprints [footprints, points, 2]; those beside the raster, or not finite, are in none.
+
+    Footprints are sorted by the rectangle of `block_shape` (columns, rows) that holds their upper left corner; a read reaches
+    as far beyond it as they do.
+    """
     bounds = cell_bounds(rings, grid)
     with np.errstate(invalid="ignore"):
         first = np.floor(bounds[:, :2])
@@ -56,9 +67,9 @@ def plan_blocks(rings: np.ndarray, grid: Grid) -> list[Block]:
         inside = np.flatnonzero(np.isfinite(bounds).all(axis=1) & (last > 0).all(axis=1) & (first < size).all(axis=1))
     first = np.clip(first[inside], 0, size).astype(np.int64)
     last = np.clip(last[inside], 0, size).astype(np.int64)
-    square = first // BLOCK_CELLS
-    order = np.lexsort((square[:, 0], square[:, 1]))
-    starts = np.flatnonzero(np.any(np.diff(square[order], axis=0), axis=1)) + 1
+    rectangle = first // block_shape
+    order = np.lexsort((rectangle[:, 0], rectangle[:, 1]))
+    starts = np.flatnonzero(np.any(np.diff(rectangle[order], axis=0), axis=1)) + 1
     blocks: list[Block] = []
     for group in np.split(order, starts) if len(order) else []:
         block = _around(first[group], last[group], inside[group])

@@ -16,7 +16,7 @@ from pyproj import CRS
 from urbanclip_ray import dataflow
 from urbanclip_ray.config import LabelsConfig, RasterConfig
 from urbanclip_ray.geo.boxes import are_boxes, outlines, project_outlines
-from urbanclip_ray.geo.zonal import Block, Grid, Measured, count_shared_cells, measure_block, plan_blocks
+from urbanclip_ray.geo.zonal import Block, Grid, Measured, count_shared_cells, measure_block, plan_blocks, shape_blocks
 from urbanclip_ray.sources.base import SourceError
 from urbanclip_ray.sources.raster_files import crs_of, open_raster
 
@@ -30,6 +30,7 @@ class RasterGrid(NamedTuple):
     grid: Grid
     crs: CRS
     is_flipped: bool  # its first row is its most southern one
+    is_striped: bool  # the file holds whole rows together, not squares
 
 
 def measure_rasters(config: LabelsConfig, tile_ids: pa.Array, boxes: np.ndarray) -> tuple[pa.Table, dict[str, Any]]:
@@ -59,9 +60,10 @@ def _measure_raster(
     described = describe_raster(name, raster)
     grid = described.grid
     rings = _around_globe(project_outlines(outlines(boxes[known]), described.crs), described)
+    blocks = plan_blocks(rings, grid, shape_blocks(grid, described.is_striped))
     measured = Measured(np.full(len(boxes), np.nan), np.zeros(len(boxes)))
     places = np.flatnonzero(known)
-    for members, result in _run_tasks(raster, described, plan_blocks(rings, grid), rings, per_task):
+    for members, result in _run_tasks(raster, described, blocks, rings, per_task):
         measured.value[places[members]] = result.value
         measured.covered[places[members]] = result.covered
     touched = measured.covered > TOUCHED
@@ -106,8 +108,9 @@ def describe_raster(name: str, raster: RasterConfig) -> RasterGrid:
                 raise SourceError(f"labels.rasters.{name}: {raster.uri} holds complex numbers: make amplitudes of them first")
             transform, (width, height) = dataset.transform, (dataset.width, dataset.height)
             flipped = transform.e > 0
+            striped = dataset.block_shapes[raster.band - 1][1] == width
             top = transform.f + (transform.e * height if flipped else 0)
-            return RasterGrid(Grid(transform.c, top, transform.a, abs(transform.e), width, height), crs, flipped)
+            return RasterGrid(Grid(transform.c, top, transform.a, abs(transform.e), width, height), crs, flipped, striped)
     except FileNotFoundError:
         raise SourceError(f"labels.rasters.{name}: {raster.uri} is not there: correct its uri") from None
 

@@ -7,7 +7,7 @@ import pytest
 
 from urbanclip_ray.geo import zonal
 from urbanclip_ray.geo.boxes import outlines
-from urbanclip_ray.geo.zonal import Grid, count_shared_cells, measure_block, plan_blocks
+from urbanclip_ray.geo.zonal import Grid, count_shared_cells, measure_block, plan_blocks, shape_blocks
 
 GRID = Grid(left=100.0, top=40.0, cell_width=0.01, cell_height=0.02, num_columns=300, num_rows=200)
 RANDOM = np.random.default_rng(1)
@@ -37,10 +37,10 @@ def by_hand(box, operation, in_degrees):
     return value / weights.sum() if operation == "mean" else value, share.sum() / full
 
 
-def measure(boxes, operation, in_degrees):
+def measure(boxes, operation, in_degrees, shape=(300, 200)):
     rings = outlines(boxes)
     value, covered = np.full(len(boxes), np.nan), np.zeros(len(boxes))
-    for block in plan_blocks(rings, GRID):
+    for block in plan_blocks(rings, GRID, shape):
         window = CELLS[block.row : block.row + block.num_rows, block.column : block.column + block.num_columns]
         found = measure_block(window, block, rings[block.members], GRID, operation, in_degrees)
         value[block.members], covered[block.members] = found
@@ -59,17 +59,24 @@ def test_every_cell_counts_by_its_share_inside(operation, in_degrees):
 
 def test_several_reads_give_what_one_gives(monkeypatch):
     boxes = boxes_in(200)
-    whole = measure(boxes, "mean", True)
-    assert len(plan_blocks(outlines(boxes), GRID)) == 1
-    monkeypatch.setattr(zonal, "BLOCK_CELLS", 32)
-    blocks = plan_blocks(outlines(boxes), GRID)
-    assert len(blocks) > 20
-    assert sorted(np.concatenate([block.members for block in blocks])) == list(range(200))
-    assert np.stack(measure(boxes, "mean", True)) == pytest.approx(np.stack(whole), rel=1e-12)
-    monkeypatch.setattr(zonal, "BLOCK_CELLS", 2048)
+    rings = outlines(boxes)
+    whole = np.stack(measure(boxes, "mean", True))
+    assert len(plan_blocks(rings, GRID, (300, 200))) == 1
+    for shape, least in (((32, 32), 40), ((300, 10), 15)):
+        blocks = plan_blocks(rings, GRID, shape)
+        assert len(blocks) >= least
+        assert sorted(np.concatenate([block.members for block in blocks])) == list(range(200))
+        assert np.stack(measure(boxes, "mean", True, shape)) == pytest.approx(whole, rel=1e-12)
     monkeypatch.setattr(zonal, "MAX_BLOCK_CELLS", 100)
-    assert len(plan_blocks(outlines(boxes), GRID)) == 200  # one by one, where a read would be too large
-    assert np.stack(measure(boxes, "mean", True)) == pytest.approx(np.stack(whole), rel=1e-12)
+    assert len(plan_blocks(rings, GRID, (300, 200))) == 200  # one by one, where a read would be too large
+    assert np.stack(measure(boxes, "mean", True)) == pytest.approx(whole, rel=1e-12)
+
+
+def test_strips_are_read_as_whole_rows_and_tiles_as_squares():
+    wide = GRID._replace(num_columns=40_000, num_rows=20_000)
+    assert shape_blocks(wide, is_striped=True) == (40_000, 104)
+    assert shape_blocks(wide, is_striped=False) == (2048, 2048)
+    assert shape_blocks(GRID, is_striped=False)[0] == 300
 
 
 def test_what_lies_beside_the_raster_is_not_covered():
