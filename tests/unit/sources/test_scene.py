@@ -14,11 +14,13 @@ from geotiffs import LEFT, TOP, UTM_50N, write_geotiff
 from PIL import Image
 from pyproj import Transformer
 
-from urbanclip_ray.config import ConfigError, SceneSource
+from urbanclip_ray.config import ConfigError, IngestConfig, SceneSource
 from urbanclip_ray.imagery import TileImageError
 from urbanclip_ray.overrides import apply_overrides
 from urbanclip_ray.recipes import load_recipe
 from urbanclip_ray.sources import SourceError, open_source
+from urbanclip_ray.sources.ingest import IngestError, ingest_tiles
+from urbanclip_ray.storage import open_dataset, publish
 
 RANDOM = np.random.default_rng(0)
 BYTES = RANDOM.integers(1, 256, (3, 100, 140), dtype=np.uint8)
@@ -218,3 +220,19 @@ def test_the_fingerprint_follows_what_decides_the_tiles(scene):
     write_geotiff(Path(scene), BYTES, nodata=3)
     seen.add(source_of(scene).fingerprint())
     assert len(seen) == 3
+
+
+def ingest(scene, root):
+    with publish(str(root), "tiles", {}, {}) as publication:
+        ingest_tiles(source_of(scene), IngestConfig(max_error_share=0.05), publication)
+    return open_dataset(str(root)).manifest
+
+
+def test_windows_without_data_are_counted_and_do_not_stop_an_ingest(tmp_path, ray_cluster):
+    values = BYTES[:, :64, :64].copy()
+    values[:, :, :32] = 0
+    manifest = ingest(write_geotiff(tmp_path / "half.tif", values, nodata=0), tmp_path / "half")
+    assert (manifest.rows_in, manifest.rows_out, manifest.rejects) == (4, 2, {"no data": 2})
+    empty = write_geotiff(tmp_path / "empty.tif", np.zeros((3, 64, 64), np.uint8), nodata=0)
+    with pytest.raises(IngestError, match=r"none of 4 tiles has enough data .*raise source\.max_nodata_share"):
+        ingest(empty, tmp_path / "empty")
