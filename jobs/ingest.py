@@ -6,4 +6,4 @@ example: python jobs/ingest.py --recipe own_tiles --set source.uri=my_tiles --se
 from urbanclip_ray.command_line import run_job
 
 if __name__ == "__main__":
-    run_job(__doc__, sections=["source", "ingest"], stages=["tiles", "labels"])
+    run_job(__doc__, sections=["source", "ingest", "labels"], stages=["tiles", "labels"])

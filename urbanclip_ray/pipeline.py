@@ -18,6 +18,7 @@ from urbanclip_ray.config import RunConfig
 from urbanclip_ray.plan import is_asked_for, walk
 from urbanclip_ray.preflight import refuse_unfit_run
 from urbanclip_ray.search_results import show_search
+from urbanclip_ray.sources.label_files import fingerprint_labels
 from urbanclip_ray.stages import SEARCH, STAGES, Run, Stage, check_search
 from urbanclip_ray.storage import (
     Dataset,
@@ -50,6 +51,7 @@ def run_stages(config: RunConfig, only: Sequence[str] | None) -> Run:
         check_search(run)
     for uri in run.places:
         check_access(uri)
+    fingerprint_labels(run.config.labels)  # raises where a file of labels is missing, before tiles are read for them
     refuse_unfit_run(config, run, only)
     summary = Table(title=f"run {config.run}", title_justify="left")
     for name in ("stage", "", "in", "out", "rejected", "dataset"):

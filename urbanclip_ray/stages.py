@@ -16,6 +16,7 @@ from urbanclip_ray.config import ConfigError, RunConfig, UrbanClipSource, WorldS
 from urbanclip_ray.filesystems import use_stores
 from urbanclip_ray.sources import open_source
 from urbanclip_ray.storage import Dataset, Publication, absolute, exists, find_dataset, join, read_bytes
+from urbanclip_ray.terminal import open_console
 
 if TYPE_CHECKING:
     from urbanclip_ray.captioners.caption import CaptionWork
@@ -35,7 +36,7 @@ class Run:
 
     @cached_property
     def has_labels(self) -> bool:
-        return self.source.labels() is not None
+        return not self.config.labels.is_empty or self.source.labels() is not None
 
     @property
     def pretrains(self) -> bool:
@@ -81,6 +82,8 @@ def list_places(config: RunConfig) -> dict[str, str]:
         "storage": config.storage,
         "source.uri": getattr(config.source, "uri", ""),
         "source.release": getattr(config.source, "release", ""),
+        "labels.csv": config.labels.csv,
+        **{f"labels.rasters.{name}": raster.uri for name, raster in config.labels.rasters.items()},
         "caption.model": config.caption.model if is_directory(config.caption.model) else "",
         "model.pretrained": config.model.pretrained if config.model.pretrained_is_file else "",
         "embed.weights": config.embed.weights,
@@ -100,7 +103,10 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     caption = config.caption
     if is_directory(caption.model):
         caption = caption.model_copy(update={"model": absolute(caption.model)})
-    changed = {"storage": absolute(config.storage), "source": source, "model": model, "caption": caption, "embed": embed}
+    rasters = {name: raster.model_copy(update={"uri": absolute(raster.uri)}) for name, raster in config.labels.rasters.items()}
+    labels = config.labels.model_copy(update={"csv": absolute(config.labels.csv), "rasters": rasters})
+    changed: dict[str, Any] = {"storage": absolute(config.storage), "source": source, "labels": labels}
+    changed |= {"model": model, "caption": caption, "embed": embed}
     return config.model_copy(update=changed)
 
 
@@ -140,9 +146,17 @@ def _tiles(run: Run, publication: Publication) -> None:
 
 
 def _labels(run: Run, publication: Publication) -> None:
-    from urbanclip_ray.sources.ingest import collect_labels
+    from urbanclip_ray.sources.labels import publish_labels, raster_table
 
-    collect_labels(run.source.labels(), run.datasets["tiles"], publication)
+    publish_labels(run.source.labels(), run.config.labels, run.datasets["tiles"], publication)
+    if "rasters" in publication.facts:
+        open_console().print(raster_table(publication.facts["rasters"]))
+
+
+def _labels_content(run: Run) -> dict[str, Any]:
+    from urbanclip_ray.sources.label_files import fingerprint_labels
+
+    return fingerprint_labels(run.config.labels)
 
 
 def caption_work(run: Run) -> CaptionWork:
@@ -259,7 +273,7 @@ STAGES: tuple[Stage, ...] = (
         _tiles,
         lambda _: True,
     ),
-    Stage("labels", "ingest", ("tiles",), lambda _: {}, _labels, _is_needed_for_probe),
+    Stage("labels", "ingest", ("tiles",), _labels_content, _labels, _is_needed_for_probe),
     Stage(
         "captions",
         "caption",

@@ -42,6 +42,9 @@ RECORDED_LIBRARIES = (
     "pyarrow",
     "numpy",
     "scikit-learn",
+    "rasterio",
+    "pyproj",
+    "exactextract",
 )
 
 

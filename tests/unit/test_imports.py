@@ -16,7 +16,8 @@ PACKAGE = Path(urbanclip_ray.__file__).parent
 ROOT = PACKAGE.parent
 LIGHT = [
     *("", ".errors", ".remote_errors", ".config", ".overrides", ".recipes", ".schema", ".storage", ".command_line"),
-    *(".object_storage", ".filesystems", ".imagery", ".sources", ".stages", ".plan", ".search_space", ".geo.baidu"),
+    *(".object_storage", ".filesystems", ".imagery", ".sources", ".stages", ".plan", ".search_space"),
+    *(".geo.baidu", ".geo.zonal", ".sources.label_files"),
     *(".captioners.model_files", ".captioners.store", ".captioners.vision_language"),
 ]
 HEAVY = ("torch", "ray", "deepspeed", "open_clip", "transformers")
@@ -26,6 +27,7 @@ USES_RAY = {
     "urbanclip_ray.check",
     "urbanclip_ray.verify",
     "urbanclip_ray.sources.ingest",
+    "urbanclip_ray.sources.label_rasters",
     "urbanclip_ray.captioners.caption",
     "urbanclip_ray.captioners.refine",
     "urbanclip_ray.captioners.sample",

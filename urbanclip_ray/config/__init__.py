@@ -18,10 +18,21 @@ from urbanclip_ray.config.data import (
     SplitKind,
 )
 from urbanclip_ray.config.evaluation import EmbedConfig, Method, ProbeConfig
+from urbanclip_ray.config.labels import LabelsConfig, RasterConfig
 from urbanclip_ray.config.run import RunConfig
 from urbanclip_ray.config.search import Domain, TuneConfig
 from urbanclip_ray.config.section import ConfigError, Section
-from urbanclip_ray.config.sources import SOURCE_KINDS, FolderSource, RsicdSource, SourceConfig, UrbanClipSource, WorldSource
+from urbanclip_ray.config.sources import (
+    SOURCE_KINDS,
+    FolderSource,
+    MetadataColumns,
+    RsicdSource,
+    SceneSource,
+    SlippySource,
+    SourceConfig,
+    UrbanClipSource,
+    WorldSource,
+)
 from urbanclip_ray.config.stores import StoreConfig
 from urbanclip_ray.config.training import AugmentConfig, ModelConfig, ResourcesConfig, StepCut, TrainConfig
 
@@ -35,16 +46,21 @@ __all__ = [
     "EmbedConfig",
     "FolderSource",
     "IngestConfig",
+    "LabelsConfig",
+    "MetadataColumns",
     "Method",
     "ModelConfig",
     "PackConfig",
     "PixelsConfig",
     "ProbeConfig",
+    "RasterConfig",
     "RefineConfig",
     "ResourcesConfig",
     "RsicdSource",
     "RunConfig",
+    "SceneSource",
     "Section",
+    "SlippySource",
     "SourceConfig",
     "SplitConfig",
     "SplitKind",

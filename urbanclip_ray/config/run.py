@@ -9,6 +9,7 @@ from pydantic import field_validator, model_validator
 
 from urbanclip_ray.config.data import CaptionConfig, IngestConfig, PackConfig, PixelsConfig, RefineConfig, SplitConfig
 from urbanclip_ray.config.evaluation import EmbedConfig, ProbeConfig
+from urbanclip_ray.config.labels import LabelsConfig
 from urbanclip_ray.config.search import TuneConfig, check_searched
 from urbanclip_ray.config.section import Section, execution
 from urbanclip_ray.config.sources import FolderSource, SourceConfig
@@ -25,6 +26,7 @@ class RunConfig(Section):
     stores: tuple[StoreConfig, ...] = execution(())  # for object storage that the AWS variables alone do not describe
     source: SourceConfig = FolderSource()
     ingest: IngestConfig = IngestConfig()
+    labels: LabelsConfig = LabelsConfig()
     pixels: PixelsConfig = PixelsConfig()
     caption: CaptionConfig = CaptionConfig()
     refine: RefineConfig = RefineConfig()

@@ -2,26 +2,67 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from urbanclip_ray.config.section import Section, execution
 from urbanclip_ray.schema import is_safe_name
 
 
-class FolderSource(Section):
-    """A folder of JPEG, PNG, WebP or TIFF tiles; the sub-folder is the region; an optional CSV lies beside it."""
+class MetadataColumns(Section):
+    """Which column of a CSV beside tiles means what."""
 
-    kind: Literal["folder"] = "folder"
-    uri: str = execution("")  # what lies there is fingerprinted; where it lies does not change it
-    metadata: str = execution("")  # CSV: a path inside `uri`, or an absolute path or URI; one row per file
     file_column: str = "file"
     lon_column: str = ""  # empty: the first of lon, lng, long, longitude that the CSV has
     lat_column: str = ""  # empty: lat or latitude
     group_column: str = "group"
     caption_column: str = "caption"
     indicators: tuple[str, ...] = ()  # empty: every other column that holds numbers
+
+
+class FolderSource(MetadataColumns):
+    """A folder of JPEG, PNG, WebP or TIFF tiles; the sub-folder is the region; an optional CSV lies beside it."""
+
+    kind: Literal["folder"] = "folder"
+    uri: str = execution("")  # what lies there is fingerprinted; where it lies does not change it
+    metadata: str = execution("")  # CSV: a path inside `uri`, or an absolute path or URI; one row per file
+
+
+class SlippySource(MetadataColumns):
+    """A folder of web map tiles ZOOM/X/Y.png, below a folder for each region or none; an optional CSV lies beside it."""
+
+    kind: Literal["slippy"] = "slippy"
+    uri: str = execution("")
+    metadata: str = execution("")  # as that of a folder; its `file_column` holds ZOOM/X/Y, with the region before it if any
+    scheme: Literal["xyz", "tms"] = "xyz"  # xyz: y grows to the south, as web maps have it; tms: to the north
+
+
+class SceneSource(Section):
+    """Satellite scenes: GeoTIFFs (cloud-optimised ones too) that are cut into tiles. The sub-folder is the region."""
+
+    kind: Literal["scene"] = "scene"
+    uri: str = execution("")  # a GeoTIFF or a folder of them
+    tile_px: int = Field(default=256, ge=8)
+    stride_px: int = Field(default=0, ge=0)  # 0: tile_px; below it neighbouring tiles overlap
+    bands: tuple[int, ...] = ()  # red, green, blue, or one for grey, counted from 1; empty: 1, 2, 3, or the only one
+    # Values that become black and white. Empty: bytes stay as they are, other pixels are spread between `percentiles` of each
+    # band in each scene, so that scenes of several days are comparable only with values given here.
+    value_range: tuple[float, float] | None = None
+    percentiles: tuple[float, float] = (2.0, 98.0)
+    max_nodata_share: float = Field(default=0.5, ge=0, lt=1)  # tiles with more are rows with an error
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.bands) not in (0, 1, 3) or any(band < 1 for band in self.bands):
+            raise ValueError(f"source.bands={list(self.bands)}: name three bands, red, green, blue, or one; the first is 1")
+        for key in ("value_range", "percentiles"):
+            pair = getattr(self, key)
+            if pair is not None and pair[0] >= pair[1]:
+                raise ValueError(f"source.{key}={list(pair)} is not a range: give low below high")
+        if not (self.percentiles[0] >= 0 and self.percentiles[1] <= 100):
+            raise ValueError(f"source.percentiles={list(self.percentiles)} are not between 0 and 100")
+        return self
 
 
 class RsicdSource(Section):
@@ -61,8 +102,12 @@ class UrbanClipSource(Section):
 
 SOURCE_KINDS: dict[str, type[Section]] = {
     "folder": FolderSource,
+    "scene": SceneSource,
+    "slippy": SlippySource,
     "rsicd": RsicdSource,
     "world": WorldSource,
     "urbanclip": UrbanClipSource,
 }
-SourceConfig = Annotated[FolderSource | RsicdSource | WorldSource | UrbanClipSource, Field(discriminator="kind")]
+SourceConfig = Annotated[
+    FolderSource | SceneSource | SlippySource | RsicdSource | WorldSource | UrbanClipSource, Field(discriminator="kind")
+]

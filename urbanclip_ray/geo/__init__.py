@@ -1,1 +1,1 @@
-"""Coordinate systems and tile schemes. Plain numpy: no Ray, no torch."""
+"""Coordinate systems, tile schemes, footprints, and means and sums of rasters over them. No Ray, no torch, no files."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from urbanclip_ray.geo.chinese import CHINA_LAT, CHINA_LON, wgs84_from_bd09
+from urbanclip_ray.geo.chinese import bd09_from_wgs84, is_in_china, wgs84_from_bd09
 
 TILE_PX = 256
 FULL_ZOOM = 18  # one unit of the plane a pixel
@@ -38,17 +38,35 @@ class Footprints(NamedTuple):
 
 def footprints(zoom: np.ndarray, x: np.ndarray, y: np.ndarray) -> Footprints:
     """The ground of tiles; all arguments are whole numbers [tiles]."""
-    side = TILE_PX * 2.0 ** (FULL_ZOOM - zoom)
+    side = tile_side(zoom)
 
     def place(right: float, up: float) -> tuple[np.ndarray, np.ndarray]:
         """The point at these shares of a tile's width and height from its south-west corner, in BD-09."""
         return bd09_from_plane((x + right) * side, (y + up) * side)
 
     lon, lat = place(0.5, 0.5)
-    in_china = (CHINA_LON[0] < lon) & (lon < CHINA_LON[1]) & (CHINA_LAT[0] < lat) & (lat < CHINA_LAT[1])
     west, east = (wgs84_from_bd09(*place(right, 0.5))[0] for right in (0.0, 1.0))
     south, north = (wgs84_from_bd09(*place(0.5, up))[1] for up in (0.0, 1.0))
-    return Footprints(*wgs84_from_bd09(lon, lat), west, south, east, north, in_china)
+    return Footprints(*wgs84_from_bd09(lon, lat), west, south, east, north, is_in_china(lon, lat))
+
+
+def tile_side(zoom: np.ndarray) -> np.ndarray:
+    """Width of a tile in units of the plane, which are metres at the equator only."""
+    return np.asarray(TILE_PX * 2.0 ** (FULL_ZOOM - zoom))
+
+
+def tiles_at(lon: np.ndarray, lat: np.ndarray, zoom: int) -> tuple[np.ndarray, np.ndarray]:
+    """Column x and row y, int64 [points], of the tiles that show points in WGS84 degrees."""
+    east, north = plane_from_bd09(*bd09_from_wgs84(lon, lat))
+    side = tile_side(np.array(zoom))
+    return np.floor(east / side).astype(np.int64), np.floor(north / side).astype(np.int64)
+
+
+def plane_from_bd09(lon: np.ndarray, lat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """East and north in Baidu's plane of points in BD-09 degrees (Snyder 1987, USGS 1395, equation 7-7)."""
+    sine, eccentricity = np.sin(np.radians(lat)), np.sqrt(CLARKE_1866_E2)
+    north = np.arctanh(sine) - eccentricity * np.arctanh(eccentricity * sine)
+    return CLARKE_1866_A_M * np.radians(lon), CLARKE_1866_A_M * north
 
 
 def bd09_from_plane(east: np.ndarray, north: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -26,7 +26,27 @@ INVERSE_TOLERANCE_DEG = 1e-11  # a micrometre
 
 def wgs84_from_bd09(lon: np.ndarray, lat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """True longitude and latitude of points in Baidu's coordinates."""
-    return _invert(gcj02_from_wgs84, *_invert(bd09_from_gcj02, lon, lat))
+    return wgs84_from_gcj02(*gcj02_from_bd09(lon, lat))
+
+
+def bd09_from_wgs84(lon: np.ndarray, lat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Baidu's longitude and latitude of true points."""
+    return bd09_from_gcj02(*gcj02_from_wgs84(lon, lat))
+
+
+def wgs84_from_gcj02(lon: np.ndarray, lat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """True longitude and latitude of points in GCJ-02 (AutoNavi, Tencent, Google's maps of China)."""
+    return _invert(gcj02_from_wgs84, lon, lat)
+
+
+def gcj02_from_bd09(lon: np.ndarray, lat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """GCJ-02 longitude and latitude of points in Baidu's coordinates."""
+    return _invert(bd09_from_gcj02, lon, lat)
+
+
+def is_in_china(lon: np.ndarray, lat: np.ndarray) -> np.ndarray:
+    """Whether points lie in the box in which converters apply the shift, bool [points]."""
+    return (CHINA_LON[0] < lon) & (lon < CHINA_LON[1]) & (CHINA_LAT[0] < lat) & (lat < CHINA_LAT[1])
 
 
 def gcj02_from_wgs84(lon: np.ndarray, lat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ from functools import cached_property
 import pyarrow as pa
 
 from urbanclip_ray import storage
-from urbanclip_ray.config import FolderSource
+from urbanclip_ray.config import FolderSource, SlippySource
 from urbanclip_ray.sources.base import Folder, SourceError, TileRecord, relative_path, stem
 from urbanclip_ray.sources.metadata import MetadataTable
 
@@ -26,14 +26,14 @@ class FolderTiles:
     A CSV row whose file is not in the folder keeps the tile id that it would have, so that ingest can count it.
     """
 
-    def __init__(self, config: FolderSource) -> None:
+    def __init__(self, config: FolderSource | SlippySource) -> None:
         if not config.uri:
-            raise SourceError("the folder source has no folder: set --set source.uri=FOLDER")
+            raise SourceError(f"the {config.kind} source has no folder: set --set source.uri=FOLDER")
         self._config = config
         self._folder = Folder(config.uri)
 
-    def __reduce__(self) -> tuple[type[FolderTiles], tuple[FolderSource]]:
-        return FolderTiles, (self._config,)  # workers read images; listing and CSV stay here
+    def __reduce__(self) -> tuple[type[FolderTiles], tuple[FolderSource | SlippySource]]:
+        return type(self), (self._config,)  # workers read images; listing and CSV stay here
 
     def fingerprint(self) -> str:
         files = self._folder.listing  # first: a folder that is not there is said before a CSV that is not

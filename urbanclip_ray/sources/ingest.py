@@ -27,6 +27,7 @@ from urbanclip_ray.storage import Dataset, Publication
 RECORDS = pa.schema([TILES.field(name) if name in TILES.names else pa.field(name, pa.string()) for name in TileRecord._fields])
 BATCHES_PER_FILE = 4  # about 10 MB of small JPEG tiles a file: enough files to spread, few enough to list
 READ_THREADS = 8  # a worker waits for object storage, not for its CPU
+NO_DATA = "no data"  # reason of windows of scenes with too little of it: they are counted, but nothing is broken about them
 NUM_EXAMPLES = 20  # how many tile ids a fact lists
 
 
@@ -99,15 +100,25 @@ def _check(data: bytes, config: IngestConfig) -> CheckedImage:
 
 
 def _refuse_many_errors(errors: dict[str, str], records: list[TileRecord], max_error_share: float) -> None:
-    share = len(errors) / len(records)
+    if errors.keys() == {record.tile_id for record in records} and all(map(_lacks_data, errors.values())):
+        raise IngestError(
+            f"none of {len(records)} tiles has enough data ({next(iter(errors.values()))}): raise source.max_nodata_share, or "
+            "correct the value that the scene declares as no data"
+        )
+    broken = {tile_id: error for tile_id, error in errors.items() if not _lacks_data(error)}
+    share = len(broken) / len(records)
     if share <= max_error_share:
         return
-    bad = [f"{record.location} ({errors[record.tile_id]})" for record in records if record.tile_id in errors]
+    bad = [f"{record.location} ({broken[record.tile_id]})" for record in records if record.tile_id in broken]
     raise IngestError(
         f"{len(bad)} of {len(records)} tiles cannot be used, a share of {share:.3g} where ingest.max_error_share is "
         f"{max_error_share:g}. The first: {'; '.join(bad[:5])}. Repair or remove these files, or accept them as error "
         f"rows with --set ingest.max_error_share={min(1.0, share + 0.001):.3f}"
     )
+
+
+def _lacks_data(error: str) -> bool:
+    return error.partition(":")[0] == NO_DATA
 
 
 def collect_labels(labels: pa.Table, tiles: Dataset, publication: Publication) -> None:

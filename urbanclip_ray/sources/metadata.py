@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from urbanclip_ray.config import FolderSource
+from urbanclip_ray.config import MetadataColumns
 from urbanclip_ray.sources.base import SourceError
 
 LON_COLUMNS = ("lon", "lng", "long", "longitude")
@@ -33,8 +33,9 @@ class Columns(NamedTuple):
 class MetadataTable:
     """A CSV with commas in UTF-8, one row per file. Everything raises :class:`SourceError` naming row and column."""
 
-    def __init__(self, uri: str, data: bytes, config: FolderSource) -> None:
+    def __init__(self, uri: str, data: bytes, config: MetadataColumns, section: str = "source") -> None:
         self.uri = uri
+        self._section = section  # of the config, for errors
         self._config = config
         self._cells = self._parse(data)
 
@@ -51,20 +52,28 @@ class MetadataTable:
     def columns(self) -> Columns:
         config = self._config
         file = self._need(config.file_column, "file_column")
+        lon, lat = self.coordinate_columns
+        group, caption = self._optional("group_column"), self._optional("caption_column")
+        if "tile_id" in config.indicators:
+            raise SourceError("source.indicators cannot have 'tile_id', the name of the labels' key: rename the column")
+        return Columns(file, lon, lat, group, caption, self.indicators({file, lon, lat, group, caption, "tile_id"}))
+
+    @cached_property
+    def coordinate_columns(self) -> tuple[str | None, str | None]:
+        """The columns of longitude and latitude; both None where the CSV has neither."""
         lon = self._coordinate_column("lon_column", LON_COLUMNS)
         lat = self._coordinate_column("lat_column", LAT_COLUMNS)
         if (lon is None) != (lat is None):
             raise SourceError(
-                f"{self.uri} gives only {lon or lat!r} of longitude and latitude: set source.lon_column and "
-                f"source.lat_column; its columns are {self._column_list}"
+                f"{self.uri} gives only {lon or lat!r} of longitude and latitude: set {self._section}.lon_column and "
+                f"{self._section}.lat_column; its columns are {self._column_list}"
             )
-        group, caption = self._optional("group_column"), self._optional("caption_column")
-        if "tile_id" in config.indicators:
-            raise SourceError("source.indicators cannot have 'tile_id', the name of the labels' key: rename the column")
-        taken = {file, lon, lat, group, caption, "tile_id"}
-        found = [name for name in self._cells.columns if name not in taken and self._is_numeric(name)]
-        chosen = tuple(self._need(name, "indicators") for name in config.indicators)
-        return Columns(file, lon, lat, group, caption, chosen or tuple(found))
+        return lon, lat
+
+    def indicators(self, taken: set[str | None]) -> tuple[str, ...]:
+        """The columns that the config names, else all that hold numbers and are not taken."""
+        chosen = tuple(self._need(name, "indicators") for name in self._config.indicators)
+        return chosen or tuple(name for name in self._cells.columns if name not in taken and self._is_numeric(name))
 
     def texts(self, column: str) -> list[str]:
         """The cells as written, without spaces around them: codes keep their leading zeros."""
@@ -83,9 +92,10 @@ class MetadataTable:
 
     def places(self) -> list[tuple[float | None, float | None]]:
         """Longitude and latitude of every row in WGS84 degrees; both None where they are not known."""
-        if self.columns.lon is None or self.columns.lat is None:
+        lon_column, lat_column = self.coordinate_columns
+        if lon_column is None or lat_column is None:
             return [(None, None)] * len(self._cells)
-        lons, lats = self.numbers(self.columns.lon), self.numbers(self.columns.lat)
+        lons, lats = self.numbers(lon_column), self.numbers(lat_column)
         places: list[tuple[float | None, float | None]] = []
         for row, lon, lat in zip(self.rows, lons.tolist(), lats.tolist(), strict=True):
             if np.isnan(lon) and np.isnan(lat):
@@ -93,9 +103,11 @@ class MetadataTable:
             elif abs(lon) <= 180 and abs(lat) <= 90:  # false for NaN
                 places.append((lon, lat))
             else:
+                swapped = " (they look swapped)" if abs(lon) <= 90 < abs(lat) <= 180 else ""
                 raise SourceError(
                     f"{self.uri}, row {row}: longitude {lon} and latitude {lat} are not both within ±180 and ±90 "
-                    "degrees: correct them, or set source.lon_column and source.lat_column to the right columns"
+                    f"degrees{swapped}: correct them, or set {self._section}.lon_column and {self._section}.lat_column to the "
+                    "right columns"
                 )
         return places
 
@@ -123,13 +135,15 @@ class MetadataTable:
 
     def _need(self, column: str, key: str) -> str:
         if column not in self._cells.columns:
-            raise SourceError(f"{self.uri} has no column {column!r}: correct source.{key}; its columns are {self._column_list}")
+            raise SourceError(
+                f"{self.uri} has no column {column!r}: correct {self._section}.{key}; its columns are {self._column_list}"
+            )
         return column
 
     def _optional(self, key: str) -> str | None:
         """The column if it is there. A name that the user chose must be there, the default one need not."""
         column: str = getattr(self._config, key)
-        if column == FolderSource.model_fields[key].default:
+        if column == MetadataColumns.model_fields[key].default:
             return column if column in self._cells.columns else None
         return self._need(column, key) if column else None
 

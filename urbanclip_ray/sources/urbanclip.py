@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from urbanclip_ray import storage
-from urbanclip_ray.config import FolderSource, UrbanClipSource
+from urbanclip_ray.config import MetadataColumns, UrbanClipSource
 from urbanclip_ray.geo.baidu import footprints
 from urbanclip_ray.sources.base import Folder, SourceError, TileRecord
 from urbanclip_ray.sources.folder import IMAGE_EXTENSIONS
@@ -135,7 +135,7 @@ class UrbanClipTiles:
 
     def _city_labels(self, city: str) -> pa.Table:
         uri, data = self._release_file(_labels_file(city), "or take the city out of source.cities")
-        table = MetadataTable(uri, data, FolderSource())
+        table = MetadataTable(uri, data, MetadataColumns())
         if missing := [name for name in (TILE_COLUMN, *INDICATORS.values()) if name not in table.column_names]:
             raise SourceError(f"{uri} has no column {missing[0]!r}, only {', '.join(table.column_names)}: download it again")
         if not table.rows:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from pyproj import Transformer
 
-from urbanclip_ray.geo.baidu import bd09_from_plane, footprints
+from urbanclip_ray.geo.baidu import bd09_from_plane, footprints, plane_from_bd09, tiles_at
 
 TILE_UNITS = 1024.0  # a tile of zoom 16 in Baidu's plane
 RELEASED = [  # tile of zoom 16, longitude and latitude of its south-west corner in BD-09, by Baidu's own service
@@ -55,3 +56,20 @@ def test_one_zoom_up_is_half_as_wide_and_covers_the_same_ground():
 def test_indices_of_another_grid_are_not_in_china():
     """Beijing in web mercator tiles of zoom 16, and a place of no map."""
     assert grid(16, [53975, 12659, 12659], [24820, 4738, 99999]).in_china.tolist() == [False, True, False]
+
+
+def test_the_plane_is_that_of_the_projection():
+    """Ellipsoidal Mercator of Clarke's ellipsoid, as pyproj computes it."""
+    mercator = Transformer.from_crs(
+        "+proj=longlat +ellps=clrk66 +no_defs", "+proj=merc +ellps=clrk66 +units=m +no_defs", always_xy=True
+    )
+    lon, lat = np.array([116.4, 113.2, 121.5]), np.array([39.9, 23.1, 31.2])
+    found = plane_from_bd09(lon, lat)
+    assert np.stack(found) == pytest.approx(np.stack(mercator.transform(lon, lat)), abs=1e-3)
+    assert np.stack(bd09_from_plane(*found)) == pytest.approx(np.stack([lon, lat]), abs=1e-12)
+
+
+def test_a_place_lies_in_the_tile_that_is_found_for_it():
+    tiles = grid(16, [12659, 12303], [4738, 2599])
+    x, y = tiles_at(tiles.lon, tiles.lat, 16)
+    assert (x.tolist(), y.tolist()) == ([12659, 12303], [4738, 2599])

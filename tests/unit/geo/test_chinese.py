@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from urbanclip_ray.geo.chinese import bd09_from_gcj02, gcj02_from_wgs84, wgs84_from_bd09
+from urbanclip_ray.geo.chinese import (
+    bd09_from_gcj02,
+    bd09_from_wgs84,
+    gcj02_from_bd09,
+    gcj02_from_wgs84,
+    is_in_china,
+    wgs84_from_bd09,
+    wgs84_from_gcj02,
+)
 
 EARTH_M_PER_DEG = 111_195
 
@@ -48,3 +56,18 @@ def test_the_inverse_inverts_over_all_of_china():
     found_lon, found_lat = wgs84_from_bd09(*bd09_from_gcj02(*gcj02_from_wgs84(lon, lat)))
     assert np.abs(found_lon - lon).max() < 1e-10
     assert np.abs(found_lat - lat).max() < 1e-10
+
+
+def test_there_and_back_ends_where_it_began():
+    lon, lat = np.array([116.4, 113.26, 121.47]), np.array([39.9, 23.13, 31.23])
+    for there, back in (
+        (bd09_from_wgs84, wgs84_from_bd09),
+        (gcj02_from_wgs84, wgs84_from_gcj02),
+        (bd09_from_gcj02, gcj02_from_bd09),
+    ):
+        found = back(*there(lon, lat))
+        assert np.abs(np.stack(found) - np.stack([lon, lat])).max() < 1e-10
+
+
+def test_the_shift_applies_in_china_only():
+    assert is_in_china(np.array([116.4, 139.7, 2.35]), np.array([39.9, 35.7, 48.9])).tolist() == [True, False, False]
