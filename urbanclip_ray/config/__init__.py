@@ -17,7 +17,7 @@ from urbanclip_ray.config.data import (
     SplitConfig,
     SplitKind,
 )
-from urbanclip_ray.config.evaluation import EmbedConfig, Method, ProbeConfig
+from urbanclip_ray.config.evaluation import EmbedConfig, ProbeConfig, Target
 from urbanclip_ray.config.run import RunConfig
 from urbanclip_ray.config.search import Domain, TuneConfig
 from urbanclip_ray.config.section import ConfigError, Section
@@ -35,7 +35,6 @@ __all__ = [
     "EmbedConfig",
     "FolderSource",
     "IngestConfig",
-    "Method",
     "ModelConfig",
     "PackConfig",
     "PixelsConfig",
@@ -50,6 +49,7 @@ __all__ = [
     "SplitKind",
     "StepCut",
     "StoreConfig",
+    "Target",
     "TrainConfig",
     "TuneConfig",
     "UrbanClipSource",
