@@ -131,9 +131,8 @@ class SplitConfig(Section):
     def _check(self) -> Self:
         test_share = 1 / self.num_folds if self.num_folds > 1 else self.test_share
         if test_share + self.val_share >= 1:
-            raise ValueError(
-                "split.test_share (1 / split.num_folds) + split.val_share leave nothing to train on: make their sum below 1"
-            )
+            test = "1 / split.num_folds" if self.num_folds > 1 else "split.test_share"
+            raise ValueError(f"{test} + split.val_share leave nothing to train on: make their sum below 1")
         if self.outer == "transfer":
             raise ValueError(
                 "split.outer=transfer would pretrain on one city: take split.outer=city, and transfer in split.also"
