@@ -147,6 +147,7 @@ def _draws(
                 candidates = fold.inside & ~fold.test
                 val = _choose_val(kind, tiles, units, candidates, config, _generator(config, kind, "val", draw, fold.number))
             parts = np.where(fold.test, "test", np.where(val, "val", np.where(fold.inside, "train", "")))
+            parts = parts.astype(object)  # numpy's own strings would cut a longer name off
             if config.buffer_km and kind in BUFFERED:
                 parts[_near_test(kind, tiles, parts, config)] = BUFFER
             if missing := [part for part in PARTS if not (parts == part).any()]:
@@ -200,7 +201,7 @@ def _region_folds(kind: SplitKind, tiles: pa.Table, config: SplitConfig, draw: i
     regions = tiles["region"].to_numpy(zero_copy_only=False).astype(str)
     names = np.unique(regions)
     if len(names) < 2:
-        raise SplitError(f"split {kind!r} needs two cities, but all tiles are of {names[0]!r}: take another kind of split")
+        raise SplitError(f"split {kind!r} needs two cities, but all tiles are of {str(names[0])!r}: take another kind of split")
     if kind == "city":
         for number, name in enumerate(names):
             yield Fold(number, str(name), np.ones(len(regions), dtype=bool), regions == name)
@@ -336,6 +337,6 @@ def _rows(tile_ids: pa.ChunkedArray, kind: SplitKind, draw: int, fold: int, part
         pa.repeat(pa.scalar(str(kind)), num_tiles),
         pa.repeat(pa.scalar(draw, pa.int32()), num_tiles),
         pa.repeat(pa.scalar(fold, pa.int32()), num_tiles),
-        pa.array(parts[inside], pa.string()),
+        pa.array(parts[inside].tolist(), pa.string()),
     ]
     return pa.table(columns, schema=SPLITS)
