@@ -36,7 +36,7 @@ def transductive_splits(
 ) -> tuple[str, ...]:
     """The splits with a test tile that some of the weights were trained on.
 
-    Where it cannot be found out what weights were trained on, all but the outer split are taken for such.
+    Where it cannot be found out what some were trained on, all but the outer split are taken for such.
     """
     kinds = tuple(dict.fromkeys(draw.split for draw in parts))
     found = [training_tiles(dataset) for dataset in embeddings.values()]
