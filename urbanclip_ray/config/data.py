@@ -129,8 +129,7 @@ class SplitConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        test_share = 1 / self.num_folds if self.num_folds > 1 else self.test_share
-        if test_share + self.val_share >= 1:
+        if self.share_in_test + self.val_share >= 1:
             test = "1 / split.num_folds" if self.num_folds > 1 else "split.test_share"
             raise ValueError(f"{test} + split.val_share leave nothing to train on: make their sum below 1")
         if self.outer == "transfer":
@@ -141,6 +140,11 @@ class SplitConfig(Section):
         if self.outer_fold is not None and not by_region and self.outer_fold >= self.num_folds:
             raise ValueError(f"split.outer_fold={self.outer_fold} is not one of split.num_folds={self.num_folds}, from 0 on")
         return self
+
+    @property
+    def share_in_test(self) -> float:
+        """Of all tiles, about, where tiles or pieces of them are held out."""
+        return 1 / self.num_folds if self.num_folds > 1 else self.test_share
 
 
 class PackConfig(Section):

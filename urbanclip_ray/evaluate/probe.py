@@ -87,16 +87,8 @@ def probe(
         refuse_leaks(leaks)
     fits, too_small = _plan_fits(inputs, config)
     results = run_fits(inputs, fits)
-    _publish(
-        inputs,
-        tile_ids,
-        results,
-        config,
-        publication,
-        _setting(inputs, places, results, embeddings, splits, split),
-        split,
-        leaks,
-    )
+    setting = _setting(inputs, places, results, embeddings, splits, split)
+    _publish(inputs, tile_ids, results, config, publication, setting, split, leaks)
     publication.facts["skipped"] = features.skipped
     publication.facts["unusable_targets"] = {
         name: count_unusable(values, target_of(name, config)) for name, values in raw.items()
