@@ -128,6 +128,8 @@ def _read(config: RunConfig) -> tuple[pa.Table, pa.Table | None]:
     """Labels, and places (`tile_id`, `lon`, `lat`) where ids do not say them."""
     source = config.source
     if isinstance(source, UrbanClipSource) and not source.uri:
+        if not source.release:
+            raise LeakTableError("source.release is empty: set it to the folder with CITY_labels.csv")
         source = source.model_copy(update={"uri": source.release})  # no tiles are looked for: names say where they are
     opened = open_source(source)
     labels = opened.labels()

@@ -102,6 +102,8 @@ def test_a_folder_with_coordinates_has_a_table_too_and_one_without_is_refused(tm
 def test_a_source_without_labels_is_refused(tmp_path):
     with pytest.raises(LeakTableError, match="kind rsicd without labels"):
         measure_leakage(of_source(RsicdSource(uri=str(tmp_path))))
+    with pytest.raises(LeakTableError, match=r"set it to the folder with CITY_labels\.csv"):
+        measure_leakage(of_source(UrbanClipSource()))
 
 
 @pytest.mark.shared_data
