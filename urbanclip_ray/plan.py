@@ -101,9 +101,9 @@ def count_training_rows(run: Run) -> tuple[int, bool]:
     if "shards" in run.datasets:
         return int(run.datasets["shards"].manifest.facts["parts"]["train"]), True
     split, total = run.config.split, num_tiles(run)
-    outside_test = total * (1 - split.test_share)
+    outside_test = total * (1 - (0 if split.transductive else split.share_in_test))
     parts = run.source.parts() if split.outer == "source" else None
-    if parts is not None:
+    if parts is not None and not split.transductive:
         outside_test = sum(part != "test" for part in parts["part"].to_pylist())
     return max(0, round(outside_test - total * split.val_share)), False
 

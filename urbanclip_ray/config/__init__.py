@@ -17,7 +17,7 @@ from urbanclip_ray.config.data import (
     SplitConfig,
     SplitKind,
 )
-from urbanclip_ray.config.evaluation import EmbedConfig, Method, ProbeConfig
+from urbanclip_ray.config.evaluation import EmbedConfig, ProbeConfig, Target
 from urbanclip_ray.config.labels import LabelsConfig, RasterConfig
 from urbanclip_ray.config.run import RunConfig
 from urbanclip_ray.config.search import Domain, TuneConfig
@@ -48,7 +48,6 @@ __all__ = [
     "IngestConfig",
     "LabelsConfig",
     "MetadataColumns",
-    "Method",
     "ModelConfig",
     "PackConfig",
     "PixelsConfig",
@@ -66,6 +65,7 @@ __all__ = [
     "SplitKind",
     "StepCut",
     "StoreConfig",
+    "Target",
     "TrainConfig",
     "TuneConfig",
     "UrbanClipSource",
