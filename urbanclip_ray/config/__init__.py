@@ -18,6 +18,7 @@ from urbanclip_ray.config.data import (
     SplitKind,
 )
 from urbanclip_ray.config.evaluation import EmbedConfig, Method, ProbeConfig
+from urbanclip_ray.config.report import PromptsConfig, ReportConfig
 from urbanclip_ray.config.run import RunConfig
 from urbanclip_ray.config.search import Domain, TuneConfig
 from urbanclip_ray.config.section import ConfigError, Section
@@ -40,6 +41,8 @@ __all__ = [
     "PackConfig",
     "PixelsConfig",
     "ProbeConfig",
+    "PromptsConfig",
+    "ReportConfig",
     "RefineConfig",
     "ResourcesConfig",
     "RsicdSource",

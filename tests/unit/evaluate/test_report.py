@@ -21,6 +21,7 @@ from urbanclip_ray.storage import Dataset, open_dataset, publish
 
 HOSTILE = ("<script>alert(1)</script>", '"></script><img src=http://evil.example/x onerror=alert(2)>')
 HOSTILE_TILE = "<b>tile</b>&</script>"
+HOSTILE_PROMPT = "a harbour</script><b>with</b> ships"
 INDICATORS = ("log_population", "<i>places</i>")
 METHODS = ("pretrained", "pretrained_mlp", "untrained", "untrained_mlp", "colour", "coordinates", "mean")
 NUM_DRAWS = 4
@@ -206,14 +207,17 @@ def make_pretrain(root) -> Dataset:
 
 def make_retrieval(root) -> Dataset:
     chance = {"r1": 0.008, "r5": 0.04, "r10": 0.08}
-    found = {"r1": 0.125, "r5": 0.4, "r10": 0.6}
+    found = {"r1": 0.125, "r5": 0.4, "r10": 0.6, "median_rank": 7.0, "mean_rank": 21.5}
+    equal = {"r1": 0.175, "r5": 0.5, "r10": 0.7, "median_rank": 5.0, "mean_rank": 18.5}
     parts = [
         {
             "part": part,
             "num_images": 120,
             "num_texts": 500,
+            "num_different_texts": 480,
             "image_to_text": found,
             "text_to_image": found,
+            "equal_texts": {"image_to_text": equal, "text_to_image": equal},
             "chance": {"image_to_text": chance, "text_to_image": chance},
         }
         for part in ("val", "test")
@@ -224,6 +228,16 @@ def make_retrieval(root) -> Dataset:
 def make_embeddings(root, rows) -> Dataset:
     vectors = [{"tile_id": row["tile_id"], "embedding": [0.0, 1.0], "weights": "1a2b3c4d5e6f7788" * 4} for row in rows]
     return make(root, "embeddings", [pa.Table.from_pylist(vectors, schema=embeddings_schema(2))])
+
+
+def make_prompts(root, rows) -> Dataset:
+    uri = storage.join(str(root), "prompts")
+    vectors = [{"tile_id": row["tile_id"], "embedding": [at / 40, -at / 40], "weights": "x"} for at, row in enumerate(rows)]
+    with publish(uri, "prompts", {}, {}) as publication:
+        publication.write_table(pa.Table.from_pylist(vectors, schema=embeddings_schema(2)))
+        publication.facts["prompts"] = ["dark forest", HOSTILE_PROMPT]
+        publication.count(unit="tiles", rows_in=len(rows), rows_out=len(rows), rejects={})
+    return open_dataset(uri)
 
 
 def world_config() -> RunConfig:
@@ -239,7 +253,7 @@ def make_run(root, *, num_tiles=40, scores=None, located=True, complete=True, re
     if complete:
         datasets |= make_text(root, rows)
         datasets |= {"pretrain": make_pretrain(root), "retrieval": make_retrieval(root)}
-        datasets |= {"embeddings": make_embeddings(root, rows)}
+        datasets |= {"embeddings": make_embeddings(root, rows), "prompts": make_prompts(root, rows)}
     return datasets, scores
 
 
@@ -288,6 +302,10 @@ def figures_of(page: Page) -> dict:
     return json.loads(page.scripts[1])
 
 
+def maps_of(page: Page) -> dict:
+    return json.loads(page.scripts[2])
+
+
 def test_json_repeats_the_scores_and_names_every_dataset(complete):
     datasets, scores, record, _ = complete
     for key in ("probe", "paired", "transductive", "outer"):
@@ -314,14 +332,15 @@ def test_page_fetches_nothing(complete):
 
 def test_hostile_data_stays_text(complete):
     page = complete[3]
-    assert len(page.scripts) == 3  # plotly, the figures, ours
+    assert len(page.scripts) == 5  # plotly, the figures, the maps, ours, one sheet of thumbnails
     assert not [attrs for _, attrs in page.elements if any(name.startswith("on") for name in attrs)]
-    assert not [tag for tag, _ in page.elements if tag in ("b", "i")]
-    for text in (*HOSTILE, HOSTILE_TILE, INDICATORS[1]):
+    assert not [tag for tag, attrs in page.elements if tag == "b" or (tag == "i" and "style" not in attrs)]
+    for text in (*HOSTILE, HOSTILE_TILE, INDICATORS[1], HOSTILE_PROMPT):
         assert text in page.text
-    hovers = [text for figure in figures_of(page).values() for trace in figure["data"] for text in trace.get("text", ())]
-    assert "&lt;b&gt;tile&lt;/b&gt;&amp;&lt;/script&gt;" in hovers
-    assert not [text for text in hovers if "<" in text]
+    assert HOSTILE_TILE in maps_of(page)["tiles"]["ids"]  # the page sets it as text
+    plotted = json.dumps(figures_of(page))
+    assert not re.search(r"<\w", plotted), "plotly would render it"
+    assert re.fullmatch(r"[A-Za-z0-9+/=]+", page.scripts[4])
 
 
 def test_sections_come_in_order_and_say_what_was_done(complete):
@@ -330,9 +349,14 @@ def test_sections_come_in_order_and_say_what_was_done(complete):
         "world-demo",
         "pretraining helps",
         "no clear difference",
+        "Leaderboard",
+        "to choose it by the compared test scores would be unfair",
         "Transductive: test tiles of this split were seen in pretraining; neighbours leak.",
         "Truth, prediction and residual",
+        "Tiles are shown under the pointer in 48 px",
+        "Where train and test lie",
         "Retrieval with the final weights",
+        "Searching by text",
         "Tiles and their sentences",
         "too short",
         "What went in and out",
@@ -353,7 +377,35 @@ def test_every_plot_of_the_page_has_its_figure_with_data(complete):
     figures = figures_of(page)
     assert sorted(placed) == sorted(figures)
     assert all(figure["data"] for figure in figures.values())
-    assert {"panel-0-truth", "panel-1-residual", "losses", "recall-image_to_text"} <= set(figures)
+    assert {"scatter-0", "scatter-1", "losses", "recall-image_to_text"} <= set(figures)
+    drawn = [(attrs["data-kind"], attrs.get("data-panel")) for tag, attrs in page.elements if tag == "canvas" and "class" in attrs]
+    kinds = ("truth", "prediction", "residual")
+    assert drawn == [(kind, panel) for panel in ("0", "1") for kind in kinds] + [("split", None)]
+
+
+def test_maps_have_every_tile_its_part_and_its_picture(complete):
+    datasets, maps = complete[0], maps_of(complete[3])
+    tiles = datasets["tiles"].read(["tile_id", "lon", "error"]).to_pylist()
+    (area,) = maps["areas"]
+    assert [maps["tiles"]["ids"][at] for at in area["tile"]] == [tile["tile_id"] for tile in tiles]
+    assert area["lon"] == pytest.approx([tile["lon"] for tile in tiles])
+    assert area["parts"]["blocks"] == "".join("etvtt"[index % 5] for index in range(40))
+    pictures = dict(zip(maps["tiles"]["ids"], maps["tiles"]["thumb"], strict=True))
+    assert pictures.pop(tiles[1]["tile_id"]) == -1  # it has no image
+    assert sorted(pictures.values()) == list(range(39))
+
+
+def test_panels_have_the_mean_prediction_of_every_test_tile(complete):
+    datasets, maps = complete[0], maps_of(complete[3])
+    rows = datasets["probe"].read().to_pandas()
+    rows = rows[(rows["method"] == "pretrained") & (rows["split"] == "blocks") & (rows["indicator"] == INDICATORS[1])]
+    wanted = rows.groupby("tile_id")[["y", "y_pred"]].mean()
+    panel = maps["panels"][1]
+    ids = [maps["tiles"]["ids"][at] for at in panel["tile"]]
+    assert ids == [maps["tiles"]["ids"][maps["areas"][0]["tile"][at]] for at in panel["at"]]
+    assert panel["y_pred"] == pytest.approx(wanted.loc[ids, "y_pred"].tolist(), rel=1e-4)
+    assert panel["y"] == pytest.approx(wanted.loc[ids, "y"].tolist(), rel=1e-4)
+    assert panel["low"] < panel["high"]
 
 
 def test_table_headers_have_a_scope_and_the_best_is_bold(complete):
@@ -370,7 +422,9 @@ def test_a_run_that_only_probes_leaves_out_the_rest(tmp_path):
     datasets, _ = make_run(tmp_path, located=False, complete=False)
     record, page = render(tmp_path, RunConfig(), datasets)
     assert record["retrieval"] is None
-    assert {name.rsplit("-", 1)[-1] for name in figures_of(page)} == {"0", "1", "scatter"}
+    assert set(figures_of(page)) == {"dots-0", "dots-1", "scatter-0", "scatter-1"}
+    assert maps_of(page)["areas"] == []
+    assert len(maps_of(page)["panels"][0]["tile"]) == 8  # hovering over the scatter still shows the tile
     for text in ("Pretraining\n", "Tiles and their sentences", "rule-based", "not city imagery", "described by"):
         assert text not in page.text
 
@@ -418,21 +472,12 @@ def test_cities_far_apart_get_a_map_each(tmp_path):
         row["lon"] += 30 * (index >= 20)
     datasets["tiles"] = make(tmp_path / "far", "tiles", [pa.Table.from_pylist(rows, schema=TILES)])
     _, page = render(tmp_path, RunConfig(), datasets)
-    options = [attrs for tag, attrs in page.elements if tag == "option"]
-    assert len(options) == 4
-    latitudes = figures_of(page)["panel-0-truth"]["layout"]["yaxis"]["range"]
-    assert latitudes[1] - latitudes[0] < 2
-
-
-def test_maps_share_a_scale_and_residuals_are_centred(complete):
-    figures = figures_of(complete[3])
-    truth, prediction, residual = (
-        figures[f"panel-0-{name}"]["data"][1]["marker"] for name in ("truth", "prediction", "residual")
-    )
-    assert (truth["cmin"], truth["cmax"]) == (prediction["cmin"], prediction["cmax"])
-    assert residual["cmin"] == -residual["cmax"]
-    vertical = figures["panel-0-truth"]["layout"]["yaxis"]
-    assert vertical["scaleratio"] == pytest.approx(1 / np.cos(np.radians(np.mean(vertical["range"]))))
+    maps = maps_of(page)
+    assert [panel["tile"] == [] for panel in maps["panels"]] == [False] * 4
+    for area in maps["areas"]:
+        _, south, _, north = area["box"]
+        assert north - south < 2
+        assert area["stretch"] == pytest.approx(1 / np.cos(np.radians((south + north) / 2)))
 
 
 def test_a_failed_fit_is_an_arrow_at_the_edge():
