@@ -84,7 +84,7 @@ def score_dots(scores: list[dict[str, Any]], outer: str) -> Figure:
     _style(figure, height=96 + 34 * len(methods), left=138)
     figure.update_layout(scattermode="group", legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
     figure.add_vline(x=0, line={"width": 1, "color": NEUTRAL})
-    figure.update_xaxes(title_text="R² (1 is perfect, 0 is the mean of the test tiles)")
+    figure.update_xaxes(title_text="R² (0: the mean of the test tiles)")
     names = [html.escape(method_name(method)) for method in methods]
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=names[::-1], showgrid=False)
     figure.update_yaxes(range=[-0.6, len(names) - 0.4])

@@ -239,7 +239,7 @@ for (const button of document.querySelectorAll("button[data-zoom]")) {
 for (const scale of document.querySelectorAll(".scale")) {
   const panel = maps.panels[scale.dataset.panel];
   const signed = scale.dataset.kind === "residual";
-  const colours = (signed ? maps.scales.signed : maps.scales.values).filter((_, index) => index % 16 === 0);
+  const colours = (signed ? maps.scales.signed : maps.scales.values).filter((_, index) => index % 15 === 0);
   const [low, high] = signed ? [-panel.reach, panel.reach] : [panel.low, panel.high];
   scale.querySelector(".bar").style.background = `linear-gradient(to right, ${colours.join(", ")})`;
   scale.querySelector(".low").textContent = number(low);
