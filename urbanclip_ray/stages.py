@@ -103,8 +103,7 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     if is_directory(caption.model):
         caption = caption.model_copy(update={"model": absolute(caption.model)})
     changed = {"storage": absolute(config.storage), "source": source, "model": model, "caption": caption, "embed": embed}
-    changed["report"] = report
-    return config.model_copy(update=changed)
+    return config.model_copy(update=changed | {"report": report})
 
 
 class Stage(NamedTuple):

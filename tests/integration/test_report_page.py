@@ -124,9 +124,7 @@ def test_the_picture_under_the_pointer_is_the_tile_s_own(opened, report):
     scroll_to(page, selector)
     page.mouse.move(*place_of_tile(page, selector, index))
     page.wait_for_selector(f'#tip canvas[data-shown="{page.evaluate(f"maps.areas[0].tile[{index}]")}"]', timeout=TIMEOUT_MS)
-    shown = page.evaluate(
-        "[...document.querySelector('#tip canvas').getContext('2d').getImageData(0, 0, 112, 112).data]"
-    )
+    shown = page.evaluate("[...document.querySelector('#tip canvas').getContext('2d').getImageData(0, 0, 112, 112).data]")
     pixels = np.array(shown, dtype=float).reshape(112, 112, 4)[..., :3]
     tiles = open_dataset(report.replace("report/report.html", "tiles")).read(["tile_id", "image"]).to_pylist()
     distances = {}

@@ -111,7 +111,7 @@ def transfer_tables(records: list[Json]) -> list[Json]:
 
 
 def city_tables(record: Json) -> list[Json]:
-    """A matrix per indicator and fit of the outer split: city x method. `pooled` is one fit for all cities, `own` one for each."""
+    """A matrix per indicator and fit of the outer split: city x method; `pooled` is one fit for all cities, `own` one each."""
     rows = [row for row in record["cities"] if row["split"] == record["outer"] and row["metric"] == "r2"]
     tables = []
     for indicator, fit in dict.fromkeys((row["indicator"], row["fit"]) for row in rows):

@@ -39,9 +39,7 @@ def deviation(values: np.ndarray) -> float:
     return 0.0 if np.isfinite(values).all() else math.nan
 
 
-def resampled_scores(
-    y: np.ndarray, predicted: dict[str, np.ndarray], units: np.ndarray
-) -> dict[str, dict[str, np.ndarray]]:
+def resampled_scores(y: np.ndarray, predicted: dict[str, np.ndarray], units: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
     """Resampled scores [resamples] by method and metric (`r2`, `rmse`, `mae`), the mean over draws.
 
     `y` and predictions are [tiles, draws], NaN where a tile is not in test; `units` [tiles] is the code of what is drawn

@@ -6,6 +6,7 @@ test scores that are then compared would flatter nobody but the chosen: a method
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pandas as pd
@@ -112,13 +113,22 @@ def _table(board: list[Json], split: str) -> Json:
     rows = []
     for method in distinct(board, "method"):
         cells = [_cell(found.get((indicator, method)), board) for indicator in indicators]
-        values = [cell["value"] for cell in cells if cell["value"] != ""]
-        mean = sum(values) / len(values) if len(values) == len(cells) else None
-        rows.append({"name": method_name(method), "ours": not is_baseline(method), "cells": cells, "mean": mean})
-    rows.sort(key=lambda row: (row["mean"] is None, -(row["mean"] or 0)))
-    for row in rows:
-        row["mean_text"] = "–" if row["mean"] is None else f"{row['mean']:.3f}".replace("-", "−")
-        row["mean"] = "" if row["mean"] is None else row["mean"]
+        known = [cell["value"] for cell in cells if cell["value"] != ""]
+        mean = sum(known) / len(known) if len(known) == len(cells) else None
+        text = "–" if mean is None else f"{mean:.3f}".replace("-", "−")
+        value = "" if mean is None else mean
+        order = math.inf if mean is None else -mean
+        rows.append(
+            {
+                "name": method_name(method),
+                "ours": not is_baseline(method),
+                "cells": cells,
+                "mean": value,
+                "mean_text": text,
+                "order": order,
+            }
+        )
+    rows.sort(key=lambda row: float(row["order"]))
     chosen = {row["indicator"]: row["against"][0] for row in board if row["chosen_by"] == "validation"}
     return {
         "split": split,

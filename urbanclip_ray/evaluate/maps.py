@@ -14,7 +14,7 @@ import pandas as pd
 from plotly.colors import sample_colorscale
 
 from urbanclip_ray.evaluate import plots
-from urbanclip_ray.evaluate.findings import SPACE_NAMES, distinct
+from urbanclip_ray.evaluate.findings import SPACE_NAMES
 from urbanclip_ray.evaluate.thumbnails import Sheets
 from urbanclip_ray.storage import Dataset
 
@@ -53,7 +53,7 @@ def make_maps(
         "sheets": {"cells": sheets.cells, "columns": sheets.columns, "side": sheets.side_px},
     }
     panels: list[Json] = []
-    for indicator in distinct(held_out.to_dict("records"), "indicator"):
+    for indicator in held_out["indicator"].unique():
         rows = held_out[held_out["indicator"] == indicator]
         space = str(rows["space"].iloc[0])
         test = rows[rows["space"] == space].groupby("tile_id", as_index=False)[["y", "y_pred"]].mean()
@@ -66,7 +66,7 @@ def make_maps(
             data["panels"].append(_panel(here, number))
             panels.append(
                 {
-                    "indicator": indicator,
+                    "indicator": str(indicator),
                     "area": area,
                     "area_index": None if tiles is None else at,
                     "space": SPACE_NAMES.get(space, space),

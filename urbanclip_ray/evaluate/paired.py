@@ -23,7 +23,7 @@ def compare_r2(rows: pd.DataFrame) -> Json:
     """
     tiles, tile_ids = pd.factorize(rows["tile_id"])
     draws = rows.groupby(["fold", "seed"])
-    seeds = np.array([seed for _, seed in draws.groups])
+    seeds = draws["seed"].first().to_numpy()
     arrays = {name: np.full((len(tile_ids), len(seeds)), np.nan) for name in ("y", "first", "second")}
     for name, values in arrays.items():
         values[tiles, draws.ngroup().to_numpy()] = rows[name]

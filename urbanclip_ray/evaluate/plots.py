@@ -91,6 +91,35 @@ def score_dots(scores: list[dict[str, Any]], outer: str) -> Figure:
     return _as_json(figure)
 
 
+def difference_dots(rows: list[dict[str, Any]]) -> Figure:
+    """A dot per split and method with a bar that spans both intervals; `rows` are differences of one indicator."""
+    figure = go.Figure()
+    names = [html.escape(f"{method_name(row['method'])}, {row['split']}") for row in rows]
+    lows = [min((row[key] for key in ("low", "low_tiles") if row[key] is not None), default=row["mean"]) for row in rows]
+    highs = [max((row[key] for key in ("high", "high_tiles") if row[key] is not None), default=row["mean"]) for row in rows]
+    means = [row["mean"] for row in rows]
+    figure.add_scatter(
+        x=means,
+        y=names,
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": [high - mean for high, mean in zip(highs, means, strict=True)],
+            "arrayminus": [mean - low for low, mean in zip(lows, means, strict=True)],
+            "thickness": 2,
+            "width": 4,
+        },
+        mode="markers",
+        marker={"size": 10, "color": OUTER_COLOUR},
+        hovertemplate="%{y}: %{x:.3f}<extra></extra>",
+    )
+    _style(figure, height=96 + 30 * max(1, len(rows)), left=190)
+    figure.add_vline(x=0, line={"width": 1, "color": NEUTRAL})
+    figure.update_xaxes(title_text="difference in R²")
+    figure.update_yaxes(type="category", categoryorder="array", categoryarray=names[::-1], showgrid=False)
+    return _as_json(figure)
+
+
 def truth_scatter(test: pd.DataFrame, space: str) -> Figure:
     """Prediction against truth for test tiles (columns y, y_pred) with the identity line; axes are equal.
 

@@ -8,14 +8,10 @@ anything.
 from __future__ import annotations
 
 import base64
-import csv
-import importlib.resources
-import io
 import json
 from collections.abc import Mapping
 from typing import Any
 
-import jinja2
 import numpy as np
 from plotly.offline import get_plotlyjs
 
@@ -27,6 +23,7 @@ from urbanclip_ray.evaluate.findings import distinct, finding, main_finding, pai
 from urbanclip_ray.evaluate.gallery import caption_gallery, search_examples
 from urbanclip_ray.evaluate.leaderboard import board_tables, make_leaderboard
 from urbanclip_ray.evaluate.maps import make_maps
+from urbanclip_ray.evaluate.page import as_csv, page_environment, read_template
 from urbanclip_ray.evaluate.plots import method_name
 from urbanclip_ray.evaluate.thumbnails import Sheets, make_sheets
 from urbanclip_ray.storage import Dataset
@@ -50,7 +47,7 @@ CAPTIONER_NAMES = {
     "transformers": "a vision-language model",
 }
 PREDICTION_COLUMNS = ["tile_id", "indicator", "method", "split", "fold", "seed", "y", "y_pred"]
-CSV_COLUMNS = (
+SCORE_COLUMNS = (
     *("indicator", "split", "method", "metric", "space", "mean", "std", "low", "high", "low_tiles", "high_tiles"),
     *("unit", "num_units", "seeds", "num_folds", "num_test", "validation", "transductive"),
 )
@@ -79,34 +76,10 @@ def write_report(config: RunConfig, datasets: Mapping[str, Dataset], uri: str) -
     record["leaderboard"] = make_leaderboard(record, datasets["probe"].read(PREDICTION_COLUMNS).to_pandas())
     json_uri, html_uri = storage.join(uri, "report.json"), storage.join(uri, "report.html")
     storage.write_bytes(html_uri, _page(config, datasets, record).encode())
-    storage.write_bytes(storage.join(uri, "scores.csv"), as_csv(record["probe"], CSV_COLUMNS))
+    storage.write_bytes(storage.join(uri, "scores.csv"), as_csv(record["probe"], SCORE_COLUMNS))
     storage.write_bytes(storage.join(uri, "leaderboard.csv"), as_csv(record["leaderboard"]))
     storage.write_bytes(json_uri, json.dumps(record, indent=1, ensure_ascii=False).encode())
     return json_uri, html_uri
-
-
-def as_csv(rows: list[Json], columns: tuple[str, ...] = ()) -> bytes:
-    """Rows as UTF-8 CSV; what is unknown is empty, lists are joined by spaces.
-
-    A text that a spreadsheet would take for a formula gets an apostrophe before it.
-    """
-    names = columns or tuple(dict.fromkeys(name for row in rows for name in row))
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(names)
-    for row in rows:
-        values = [" ".join(row[name]) if isinstance(row.get(name), list) else row.get(name) for name in names]
-        writer.writerow(["'" + value if isinstance(value, str) and value[:1] in "=+-@\t\r" else value for value in values])
-    return stream.getvalue().encode()
-
-
-def read_template(name: str) -> str:
-    """A file of the page that is ours: nothing from data is in it."""
-    return importlib.resources.files("urbanclip_ray.evaluate").joinpath(name).read_text("utf-8")
-
-
-def page_environment() -> jinja2.Environment:
-    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
 def _read_json(dataset: Dataset, name: str) -> Any:
@@ -119,40 +92,44 @@ def _page(config: RunConfig, datasets: Mapping[str, Dataset], record: Json) -> s
     findings = [finding(indicator, record) for indicator in distinct(record["probe"], "indicator")]
     sheets = make_sheets(datasets["tiles"], config.report.max_thumbnails, 1e6 * config.report.max_thumbnail_mb)
     maps = make_maps(datasets, record, _mapped_method(record), sheets, figures)
-    return page_environment().from_string(read_template("report.html")).render(
-        run=config.run,
-        outer=outer,
-        lead=_lead(config, datasets, record),
-        findings=findings,
-        main_finding=main_finding(findings),
-        boards=board_tables(record["leaderboard"], outer),
-        transductive=record["transductive"],
-        table=score_table(record),
-        paired=[paired_row(row) for row in record["paired"]],
-        dots=_score_dots(record, figures),
-        ablations=ablation_tables(record["experiment"]),
-        transfers=transfer_tables([*transfer_records(record), *record["experiment"]]),
-        cities=city_tables(record),
-        notes=_probe_notes(datasets["probe"]),
-        maps=maps,
-        nearness=datasets["splits"].manifest.facts.get("nearness", {}),
-        thumbnails=_thumbnail_note(sheets),
-        sheets=[base64.b64encode(sheet).decode() for sheet in sheets.sheets],
-        mapped=method_name(_mapped_method(record)),
-        training=_training(datasets, figures),
-        retrieval=_retrieval_rows(record["retrieval"] or []),
-        searches=search_examples(datasets),
-        gallery=caption_gallery(datasets, outer),
-        rule_based=config.caption.captioner == "land_cover" and "captions" in datasets,
-        captioner=_captioner_name(config, datasets),
-        provenance=record["provenance"],
-        libraries=_libraries(record["provenance"]),
-        config_json=json.dumps(record["config"], indent=2),
-        source=config.source.kind,
-        figures=figures,
-        style=read_template("report.css"),
-        script=read_template("report.js"),
-        plotly_js=get_plotlyjs(),
+    return (
+        page_environment()
+        .from_string(read_template("report.html"))
+        .render(
+            run=config.run,
+            outer=outer,
+            lead=_lead(config, datasets, record),
+            findings=findings,
+            main_finding=main_finding(findings),
+            boards=board_tables(record["leaderboard"], outer),
+            transductive=record["transductive"],
+            table=score_table(record),
+            paired=[paired_row(row) for row in record["paired"]],
+            dots=_score_dots(record, figures),
+            ablations=ablation_tables(record["experiment"]),
+            transfers=transfer_tables([*transfer_records(record), *record["experiment"]]),
+            cities=city_tables(record),
+            notes=_probe_notes(datasets["probe"]),
+            maps=maps,
+            nearness=datasets["splits"].manifest.facts.get("nearness", {}),
+            thumbnails=_thumbnail_note(sheets),
+            sheets=[base64.b64encode(sheet).decode() for sheet in sheets.sheets],
+            mapped=method_name(_mapped_method(record)),
+            training=_training(datasets, figures),
+            retrieval=_retrieval_rows(record["retrieval"] or []),
+            searches=search_examples(datasets),
+            gallery=caption_gallery(datasets, outer),
+            rule_based=config.caption.captioner == "land_cover" and "captions" in datasets,
+            captioner=_captioner_name(config, datasets),
+            provenance=record["provenance"],
+            libraries=_libraries(record["provenance"]),
+            config_json=json.dumps(record["config"], indent=2),
+            source=config.source.kind,
+            figures=figures,
+            style=read_template("report.css"),
+            script=read_template("report.js"),
+            plotly_js=get_plotlyjs(),
+        )
     )
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jinja2
 import numpy as np
 from rich.table import Table
 from rich.text import Text
 
 from urbanclip_ray.config import ConfigError
 from urbanclip_ray.errors import UserError
+from urbanclip_ray.evaluate.page import page_environment, read_template
 from urbanclip_ray.evaluate.prompts import vectors_of
 from urbanclip_ray.evaluate.thumbnails import read_images, thumbnail_uri
 from urbanclip_ray.storage import Dataset, join, write_bytes
+from urbanclip_ray.terminal import open_console
 
 if TYPE_CHECKING:
     from urbanclip_ray.model.weights import LoadedModel
@@ -73,19 +73,27 @@ def search_table(text: str, found: list[FoundTile]) -> Table:
     return table
 
 
+def search_run(run: Any, text: str, num_tiles: int) -> None:
+    """Print the table of a run whose tiles are embedded (`stages.Run`), and where its page was written."""
+    found = search_tiles(text, run.datasets["embeddings"], run.weights_uri(), num_tiles)
+    console = open_console()
+    console.print(search_table(text, found))
+    page = write_search_page(text, found, run.datasets["tiles"], run.uri)
+    console.print(f"tiles: {page}", highlight=False, soft_wrap=True, markup=False)
+
+
 def write_search_page(text: str, found: list[FoundTile], tiles: Dataset, run_uri: str) -> str:
     """Write `<run>/search/<digest of the text>.html`, one file that needs no other; returns its URI."""
     images = read_images(tiles, [tile.tile_id for tile in found])
-    folder = importlib.resources.files("urbanclip_ray.evaluate")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(folder.joinpath("search.html").read_text("utf-8")).render(
-        text=text,
-        style=folder.joinpath("report.css").read_text("utf-8"),
-        num_tiles=tiles.manifest.rows_out,
-        rows=[
-            {"tile_id": tile.tile_id, "score": f"{tile.score:.3f}", "image": thumbnail_uri(images.get(tile.tile_id), THUMBNAIL_PX)}
-            for tile in found
-        ],
+    page = (
+        page_environment()
+        .from_string(read_template("search.html"))
+        .render(
+            text=text,
+            style=read_template("report.css"),
+            num_tiles=tiles.manifest.rows_out,
+            rows=[tile._asdict() | {"image": thumbnail_uri(images.get(tile.tile_id), THUMBNAIL_PX)} for tile in found],
+        )
     )
     uri = join(run_uri, "search", f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.html")
     write_bytes(uri, page.encode())

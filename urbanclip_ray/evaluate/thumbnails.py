@@ -113,9 +113,7 @@ def _squares(tiles: Dataset, chosen: set[str], side_px: int) -> Iterator[tuple[s
                             yield row["tile_id"], pixels
 
 
-def _encode_sheets(
-    squares: Iterator[tuple[str, np.ndarray]], side_px: int, quality: int
-) -> tuple[list[bytes], dict[str, int]]:
+def _encode_sheets(squares: Iterator[tuple[str, np.ndarray]], side_px: int, quality: int) -> tuple[list[bytes], dict[str, int]]:
     sheets, place, waiting = [], dict[str, int](), list[np.ndarray]()
     for tile_id, pixels in squares:
         place[tile_id] = len(place)
@@ -133,8 +131,9 @@ def _encode_sheet(squares: list[np.ndarray], side_px: int, quality: int) -> byte
     grid = np.zeros((num_rows * CELLS_PER_SIDE, side_px, side_px, 3), dtype=np.uint8)
     grid[: len(squares)] = squares
     sheet = grid.reshape(num_rows, CELLS_PER_SIDE, side_px, side_px, 3).swapaxes(1, 2)
+    sheet = sheet.reshape(num_rows * side_px, CELLS_PER_SIDE * side_px, 3)
     buffer = io.BytesIO()
-    Image.fromarray(sheet.reshape(num_rows * side_px, CELLS_PER_SIDE * side_px, 3)).save(buffer, "WEBP", quality=quality, method=2)
+    Image.fromarray(sheet).save(buffer, "WEBP", quality=quality, method=2)
     return buffer.getvalue()
 
 

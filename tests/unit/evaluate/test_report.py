@@ -152,7 +152,9 @@ def test_every_plot_of_the_page_has_its_figure_with_data(complete):
     assert sorted(placed) == sorted(figures)
     assert all(figure["data"] for figure in figures.values())
     assert {"scatter-0", "scatter-1", "losses", "recall-image_to_text"} <= set(figures)
-    drawn = [(attrs["data-kind"], attrs.get("data-panel")) for tag, attrs in page.elements if tag == "canvas" and "class" in attrs]
+    drawn = [
+        (attrs["data-kind"], attrs.get("data-panel")) for tag, attrs in page.elements if tag == "canvas" and "class" in attrs
+    ]
     kinds = ("truth", "prediction", "residual")
     assert drawn == [(kind, panel) for panel in ("0", "1") for kind in kinds] + [("split", None)]
 
