@@ -110,7 +110,7 @@ def board_tables(board: list[Json], outer: str) -> list[Json]:
 def _table(board: list[Json], split: str) -> Json:
     indicators = distinct(board, "indicator")
     found = {(row["indicator"], row["method"]): row for row in board}
-    rows = []
+    rows: list[Json] = []
     for method in distinct(board, "method"):
         cells = [_cell(found.get((indicator, method)), board) for indicator in indicators]
         known = [cell["value"] for cell in cells if cell["value"] != ""]
@@ -128,7 +128,7 @@ def _table(board: list[Json], split: str) -> Json:
                 "order": order,
             }
         )
-    rows.sort(key=lambda row: float(row["order"]))
+    rows.sort(key=lambda row: row["order"])
     chosen = {row["indicator"]: row["against"][0] for row in board if row["chosen_by"] == "validation"}
     return {
         "split": split,
