@@ -126,7 +126,9 @@ def measure() -> list[Figure]:
         _, page = write_report(config, datasets, f"{folder}/report")
         size_mb = Path(page).stat().st_size / 1e6
         seconds = statistics.median(seconds_to_open(page) for _ in range(NUM_RUNS))
-    note = f"{NUM_TILES:,} Blue Marble tiles, Chromium just started, {VIEWPORT['width']} x {VIEWPORT['height']}; peer: one second"
+    note = (
+        f"{NUM_TILES:,} Blue Marble tiles, Chromium just started, {VIEWPORT['width']} x {VIEWPORT['height']}; peer: one second"
+    )
     return [
         Figure("report_open", seconds, 1.0, seconds, "s", MAX_S, note),
         Figure("report_size", size_mb, MAX_MB, size_mb / MAX_MB, "MB", 1.0, f"the same page; peer: the bound of {MAX_MB:g} MB"),
