@@ -134,10 +134,10 @@ def paired(indicator, mean, margin=0.05, **changes) -> dict:
 MEANS = dict(zip(METHODS, (0.52, 0.49, 0.41, 0.38, 0.47, 0.58, -0.02), strict=True))
 
 
-def make_probe(root, rows, scores, *, indicators=INDICATORS) -> Dataset:
+def make_probe(root, rows, scores) -> Dataset:
     generator = np.random.default_rng(2)
     predictions = []
-    for indicator in indicators:
+    for indicator in dict.fromkeys(score["indicator"] for score in scores["probe"]):
         for index, row in enumerate(rows[::5]):
             truth = 6 + 2 * np.sin(index / 5) + generator.normal(0, 0.4)
             for seed in range(NUM_DRAWS):

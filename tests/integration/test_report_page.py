@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from report_data import HOSTILE, HOSTILE_TILE, INDICATORS, MEANS, make_run, make_scores, paired, world_config
 
+from urbanclip_ray.evaluate.compare import compare_runs
 from urbanclip_ray.evaluate.report import write_report
 from urbanclip_ray.imagery import decode
+from urbanclip_ray.schema import PREDICTIONS
+from urbanclip_ray.storage import open_dataset, publish
 
 pytestmark = pytest.mark.slow
 
@@ -118,8 +123,6 @@ def test_a_tile_is_shown_under_the_pointer_with_its_figures(opened):
 
 
 def test_the_picture_under_the_pointer_is_the_tile_s_own(opened, report):
-    from urbanclip_ray.storage import open_dataset
-
     page, selector, index = opened.page, 'canvas[data-kind="split"]', 7
     scroll_to(page, selector)
     page.mouse.move(*place_of_tile(page, selector, index))
@@ -193,6 +196,38 @@ def test_maps_zoom_together_and_come_back(opened):
     page.locator(selector).scroll_into_view_if_needed()
     assert page.evaluate(f"viewOf(document.querySelector('{selector}')).zoom") == 1
     assert place_of_tile(page, selector, 0)[0] == pytest.approx(before[0], abs=1)
+
+
+def test_a_comparison_of_two_runs_is_drawn_and_sorts(browser, tmp_path):
+    for name, gain in (("a", 0.0), ("b", 0.3)):
+        root = tmp_path / name
+        datasets, _ = make_run(root, num_tiles=NUM_TILES)
+        rows = datasets["probe"].read().to_pandas()
+        rows["y_pred"] += gain * (rows["y"] - rows["y_pred"])
+        with publish(str(root / "better"), "probe", {}, {}) as publication:
+            publication.write_table(pa.Table.from_pandas(rows, schema=PREDICTIONS, preserve_index=False))
+        run = {"run": name + HOSTILE[0], "datasets": {"probe": "better"}, "config": {"train": {"lr": gain, "x": HOSTILE[1]}}}
+        (root / "run.json").write_text(json.dumps(run))
+    _, page_uri = compare_runs(str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "compare"))
+    context = browser.new_context(viewport={"width": 390, "height": 900}, offline=True)
+    page, complaints = context.new_page(), []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(f"file://{page_uri}")
+    page.wait_for_selector("html[data-drawn]", timeout=TIMEOUT_MS)
+    scroll_to(page, '.plot[data-figure="differences-1"]')
+    differences = page.locator("#differences td:nth-child(6)")
+    page.locator("#differences thead button", has_text="Difference").click()
+    values = [float(cell.get_attribute("data-value")) for cell in differences.all()]
+    assert len(values) == 8
+    assert values == sorted(values, reverse=True)
+    assert values[-1] > 0
+    assert page.locator("th", has_text="train.lr").count() == 1
+    assert page.locator("th", has_text="train.x").count() == 0  # the same in both
+    assert page.evaluate("document.scripts.length") == 4
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert complaints == []
+    context.close()
 
 
 def test_the_policy_of_the_page_keeps_it_from_fetching(opened):

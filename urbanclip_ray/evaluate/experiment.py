@@ -6,7 +6,8 @@ An experiment is a JSON list of records like
      "mean": 0.31, "low": 0.27, "high": 0.35, "seeds": 3}
 
 where `mean` is R² on test tiles and `low` and `high` bound it (null where unknown). Records of a transfer have `train` and
-`test`, the names of two cities, and may leave `arm` out. Other keys are kept out of the page.
+`test`, the names of two cities, and may leave `arm` out. The `results.json` of jobs/experiment.py is read, too: the methods of
+its `table` are the arms. Other keys are kept out of the page.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from urbanclip_ray.errors import UserError
 from urbanclip_ray.evaluate.findings import distinct, interval_text
@@ -40,10 +41,10 @@ class ArmScore(BaseModel):
     indicator: str
     split: str = ""
     method: str = "pretrained"
-    mean: float | None
+    mean: float | None = Field(validation_alias=AliasChoices("mean", "r2"))
     low: float | None = None
     high: float | None = None
-    seeds: int | None = None
+    seeds: int | None = Field(default=None, validation_alias=AliasChoices("seeds", "num_seeds"))
 
     @model_validator(mode="after")
     def _check(self) -> ArmScore:
@@ -56,7 +57,7 @@ def read_experiment(uri: str) -> list[Json]:
     """The records of a file; raises :class:`ExperimentError` naming what is wrong in it."""
     try:
         data = json.loads(read_bytes(uri))
-        records = TypeAdapter(list[ArmScore]).validate_python(data.get("scores") if isinstance(data, dict) else data)
+        records = TypeAdapter(list[ArmScore]).validate_python(_by_arm(data) if isinstance(data, dict) else data)
     except FileNotFoundError:
         raise ExperimentError(f"report.experiment={uri} is not there: correct it, or run the experiment first") from None
     except ValidationError as error:
@@ -66,6 +67,14 @@ def read_experiment(uri: str) -> list[Json]:
     except ValueError as error:
         raise ExperimentError(f"report.experiment={uri} is no JSON ({error})") from None
     return [record.model_dump() for record in records]
+
+
+def _by_arm(results: Json) -> Any:
+    """The table of jobs/experiment.py, whose methods are arms."""
+    table = results.get("table")
+    if not isinstance(table, list) or not all(isinstance(row, dict) for row in table):
+        return results  # no list: refused with the others
+    return [{**row, "arm": row.get("method"), "method": ""} for row in table]
 
 
 def transfer_records(record: Json) -> list[Json]:
@@ -90,7 +99,8 @@ def ablation_tables(records: list[Json]) -> list[Json]:
             {"name": arm, "cells": [_cell(found.get((arm, indicator))) for indicator in indicators]}
             for arm in distinct(own, "arm")
         ]
-        tables.append({"title": f"{method_name(method)}{f', {split}' * bool(split)}", "indicators": indicators, "rows": rows})
+        title = ", ".join(part for part in (method and method_name(method), split) if part) or "Arms of the experiment"
+        tables.append({"title": title, "indicators": indicators, "rows": rows})
     return tables
 
 

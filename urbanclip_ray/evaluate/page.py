@@ -11,6 +11,8 @@ import jinja2
 
 Json = dict[str, Any]
 
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
 
 def as_csv(rows: list[Json], columns: tuple[str, ...] = ()) -> bytes:
     """Rows as UTF-8 CSV; what is unknown is empty, lists are joined by spaces.
@@ -23,7 +25,9 @@ def as_csv(rows: list[Json], columns: tuple[str, ...] = ()) -> bytes:
     writer.writerow(names)
     for row in rows:
         values = [" ".join(row[name]) if isinstance(row.get(name), list) else row.get(name) for name in names]
-        writer.writerow(["'" + value if isinstance(value, str) and value[:1] in "=+-@\t\r" else value for value in values])
+        writer.writerow(
+            ["'" + value if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value for value in values]
+        )
     return stream.getvalue().encode()
 
 

@@ -163,8 +163,7 @@ def _provenance(datasets: Mapping[str, Dataset]) -> dict[str, Json]:
             "rejects": datasets[stage].manifest.rejects,
             "libraries": datasets[stage].manifest.libraries,
         }
-        for stage in STAGES
-        if stage in datasets
+        for stage in (*(name for name in STAGES if name in datasets), *sorted(datasets.keys() - set(STAGES)))
     }
 
 

@@ -44,9 +44,18 @@ def test_records_of_two_cities_become_a_matrix(tmp_path):
         for train in cities
         for test in cities
     ]
-    (table,) = transfer_tables(read(tmp_path, {"scores": records}))
+    (table,) = transfer_tables(read(tmp_path, records))
     assert table["tests"] == list(cities)
     assert [[cell["value"] for cell in row["cells"]] for row in table["rows"]] == [[0.5, -0.2], [-0.2, 0.5]]
+
+
+def test_the_results_of_the_job_are_read_with_methods_as_arms(tmp_path):
+    row = {"indicator": "price", "r2": 0.2, "low": None, "high": None, "num_seeds": 3, "num_draws": 5}
+    table = [row | {"method": name} for name in ("pretrained", "image_only")]
+    (found,) = ablation_tables(read(tmp_path, {"note": "…", "table": table}))
+    assert found["title"] == "Arms of the experiment"
+    assert [row["name"] for row in found["rows"]] == ["pretrained", "image_only"]
+    assert found["rows"][0]["cells"][0] == {"value": 0.2, "text": "0.200", "note": "3 seeds"}
 
 
 @pytest.mark.parametrize(
@@ -54,7 +63,7 @@ def test_records_of_two_cities_become_a_matrix(tmp_path):
     [
         ("{", "is no JSON"),
         ({"arms": []}, "the whole: Input should be a valid list"),
-        ([WITH_TEXT, {"arm": "x", "indicator": "price"}], r"1\.mean: Field required"),
+        ([WITH_TEXT, {"arm": "x", "indicator": "price"}], r"1\.(mean|r2): Field required"),
         ([WITH_TEXT | {"mean": "high"}], r"0\.mean: Input should be a valid number"),
         ([{"indicator": "price", "mean": 0.1}], "a record needs arm, or train and test"),
     ],

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 import re
 from html.parser import HTMLParser
@@ -23,7 +24,7 @@ from report_data import (
 )
 
 from urbanclip_ray import storage
-from urbanclip_ray.config import SOURCE_KINDS, RunConfig
+from urbanclip_ray.config import SOURCE_KINDS, ReportConfig, RunConfig
 from urbanclip_ray.evaluate import plots
 from urbanclip_ray.evaluate.findings import finding, score_table
 from urbanclip_ray.evaluate.report import SOURCE_NAMES, write_report
@@ -271,3 +272,71 @@ def test_missing_stages_are_named(tmp_path):
 
 def test_every_kind_of_source_has_a_name():
     assert set(SOURCE_NAMES) == set(SOURCE_KINDS)
+
+
+def test_scores_are_in_csv_files_without_formulas(tmp_path):
+    indicators = ("=1+1", "@gdp")
+    datasets, scores = make_run(tmp_path, scores=make_scores(MEANS, indicators=indicators), complete=False)
+    render(tmp_path, RunConfig(), datasets)
+    folder = storage.join(str(tmp_path), "report")
+    rows = list(csv.DictReader(storage.read_bytes(storage.join(folder, "scores.csv")).decode().splitlines()))
+    assert len(rows) == len(scores["probe"])
+    assert [row["method"] for row in rows] == [row["method"] for row in scores["probe"]]
+    assert [float(row["mean"]) for row in rows] == pytest.approx([row["mean"] for row in scores["probe"]])
+    assert {row["indicator"] for row in rows} == {"'=1+1", "'@gdp"}
+    board = list(csv.DictReader(storage.read_bytes(storage.join(folder, "leaderboard.csv")).decode().splitlines()))
+    assert len(board) == 2 * 2 * len(MEANS)
+    assert {row["against"] for row in board if row["method"] == "coordinates"} == {""}
+
+
+def test_fields_that_newer_scores_bring_are_shown(tmp_path):
+    """Intervals, validation scores, folds and cities; and the arms of an experiment, whose names are hostile."""
+    scores = make_scores(MEANS)
+    for row in scores["probe"]:
+        row |= {"low": row["mean"] - 0.03, "high": row["mean"] + 0.03, "validation": row["mean"] / 2}
+    scores["paired"] = [
+        paired(indicator, -0.1) | {"split": split, "method": method, "against": "coordinates"}
+        for indicator in INDICATORS
+        for split in ("blocks", "random")
+        for method in ("pretrained", "pretrained_mlp")
+    ]
+    some = scores["probe"][0]
+    scores["folds"] = [some | {"split": "transfer", "name": f"{HOSTILE[0]} → Guangzhou"}]
+    scores["cities"] = [some | {"city": "<b>Beijing</b>", "fit": "pooled"}]
+    experiment = tmp_path / "experiment.json"
+    experiment.write_text(
+        json.dumps([{"arm": HOSTILE[1], "indicator": "gdp", "mean": 0.123, "low": 0.1, "high": 0.15, "seeds": 3}])
+    )
+    datasets, _ = make_run(tmp_path, scores=scores, complete=False)
+    config = RunConfig(report=ReportConfig(experiment=str(experiment)))
+    record, page = render(tmp_path, config, datasets)
+    assert len(page.scripts) == 5
+    for text in ("[0.490, 0.550]", "baseline that has the best validation score", "coordinates only for log_population", "▼"):
+        assert text in page.text
+    for text in ("Ablations", HOSTILE[1], "[0.100, 0.150] 3 seeds", "Transfer between cities", HOSTILE[0], "City by city"):
+        assert text in page.text
+    assert "<b>Beijing</b>" in page.text
+    assert {row["verdict"] for row in record["leaderboard"] if not row["baseline"]} == {"worse"}
+    assert {row["chosen_by"] for row in record["leaderboard"] if not row["baseline"]} == {"validation"}
+
+
+def test_tiles_beyond_the_cap_have_no_picture_and_the_page_says_so(tmp_path):
+    datasets, _ = make_run(tmp_path, complete=False)
+    _, page = render(tmp_path, RunConfig(report=ReportConfig(max_thumbnails=9)), datasets)
+    assert "to bound this page, 9 of 39 tiles have a picture" in page.text
+    assert sorted(place for place in maps_of(page)["tiles"]["thumb"] if place >= 0) == list(range(9))
+    _, page = render(tmp_path, RunConfig(report=ReportConfig(max_thumbnails=0)), datasets)
+    assert "No tile is shown under the pointer." in page.text
+    assert len(page.scripts) == 4
+
+
+def test_a_scatter_of_many_tiles_is_a_choice_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "MOST_POINTS", 5)
+    datasets, _ = make_run(tmp_path, complete=False)
+    _, page = render(tmp_path, RunConfig(), datasets)
+    assert "A seeded choice of 5 of 8 tiles." in page.text
+    points = figures_of(page)["scatter-0"]["data"][1]
+    panel = maps_of(page)["panels"][0]
+    assert len(points["x"]) == 5
+    assert points["x"] == [panel["y"][row] for row in points["customdata"]]
+    assert points["y"] == [panel["y_pred"][row] for row in points["customdata"]]

@@ -60,13 +60,13 @@ def test_every_tile_has_a_cell_with_its_own_picture(tmp_path):
 def test_pictures_get_smaller_and_then_fewer_until_they_fit(tmp_path):
     tiles = store(tmp_path, [png(at % 256, noise=60) for at in range(300)])
     sizes = {}
-    for budget in (1e7, 1.2e5, 2e4):
+    for budget in (1e7, 1.2e5, 4e3):
         sheets = make_sheets(tiles, 10_000, budget)
         assert sheets.num_bytes <= budget
         sizes[budget] = (sheets.side_px, len(sheets.place))
     assert sizes[1e7] == (48, 300)
-    assert sizes[1e7][0] > sizes[1.2e5][0] > sizes[2e4][0] == SIZES[-1][0]
-    assert 0 < sizes[2e4][1] < sizes[1.2e5][1] == 300
+    assert sizes[1e7][0] > sizes[1.2e5][0] > sizes[4e3][0] == SIZES[-1][0]
+    assert 0 < sizes[4e3][1] < sizes[1.2e5][1] == 300
 
 
 def test_a_cap_takes_a_seeded_choice(tmp_path):
