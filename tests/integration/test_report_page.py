@@ -235,5 +235,6 @@ def test_the_policy_of_the_page_keeps_it_from_fetching(opened):
     page.evaluate("new Image().src = 'http://evil.example/x.png'")
     page.evaluate("fetch('http://evil.example/').catch(() => {})")
     page.wait_for_timeout(200)
-    assert len(opened.complaints) == 2  # one for each
-    assert all(re.search("Content Security Policy", complaint) for complaint in opened.complaints)
+    assert all("Content Security Policy" in complaint for complaint in opened.complaints)
+    for directive in ("img-src", "connect-src|default-src"):
+        assert any(re.search(directive, complaint) for complaint in opened.complaints), opened.complaints
