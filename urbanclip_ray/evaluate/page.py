@@ -25,10 +25,12 @@ def as_csv(rows: list[Json], columns: tuple[str, ...] = ()) -> bytes:
     writer.writerow(names)
     for row in rows:
         values = [" ".join(row[name]) if isinstance(row.get(name), list) else row.get(name) for name in names]
-        writer.writerow(
-            ["'" + value if isinstance(value, str) and value.startswith(FORMULA_STARTS) else value for value in values]
-        )
+        writer.writerow([_no_formula(value) if isinstance(value, str) else value for value in values])
     return stream.getvalue().encode()
+
+
+def _no_formula(text: str) -> str:
+    return "'" + text if text.startswith(FORMULA_STARTS) else text
 
 
 def read_template(name: str) -> str:
