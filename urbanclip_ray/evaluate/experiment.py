@@ -110,7 +110,8 @@ def transfer_tables(records: list[Json]) -> list[Json]:
     tables = []
     for key in dict.fromkeys((record["indicator"], record["method"], record["arm"]) for record in records):
         own = [record for record in records if (record["indicator"], record["method"], record["arm"]) == key]
-        tests = distinct(own, "test")
+        cities = list(dict.fromkeys([*distinct(own, "train"), *distinct(own, "test")]))
+        tests = [city for city in cities if city in distinct(own, "test")]
         found = {(record["train"], record["test"]): record for record in own}
         rows = [
             {"name": train, "cells": [_cell(found.get((train, test))) for test in tests]} for train in distinct(own, "train")

@@ -39,7 +39,6 @@ def make_leaderboard(record: Json, predictions: pd.DataFrame) -> list[Json]:
             for method, row in scores.items():
                 against = [] if is_baseline(method) else rivals
                 pairs = [_pair(record, own, split, indicator, method, rival) for rival in against]
-                low, high = interval_of(row)
                 rows.append(
                     {
                         "split": split,
@@ -47,8 +46,8 @@ def make_leaderboard(record: Json, predictions: pd.DataFrame) -> list[Json]:
                         "method": method,
                         "baseline": is_baseline(method),
                         "r2": row["mean"],
-                        "low": low,
-                        "high": high,
+                        **{bound: row.get(bound) for bound in BOUNDS},
+                        "unit": row.get("unit", "tile"),
                         "validation_r2": validation_of(row),
                         "against": against,
                         "chosen_by": chosen_by if against else None,
@@ -57,11 +56,6 @@ def make_leaderboard(record: Json, predictions: pd.DataFrame) -> list[Json]:
                     }
                 )
     return rows
-
-
-def interval_of(row: Json) -> tuple[float | None, float | None]:
-    """The interval of a score over draws; None where it has none, as with one draw."""
-    return row.get("low"), row.get("high")
 
 
 def validation_of(row: Json) -> float | None:
@@ -142,13 +136,17 @@ def _table(board: list[Json], split: str) -> Json:
 
 def _cell(row: Json | None, board: list[Json]) -> Json:
     if row is None or row["r2"] is None:
-        return {"value": "", "text": "–", "interval": "", "mark": "", "verdict": "unknown", "best": False, "title": ""}
+        return {"value": "", "text": "–", "intervals": [], "mark": "", "verdict": "unknown", "best": False, "title": ""}
     best = max(other["r2"] for other in board if other["indicator"] == row["indicator"] and other["r2"] is not None)
     names = " and ".join(method_name(method) for method in row["against"])
     return {
         "value": row["r2"],
         "text": f"{row['r2']:.3f}".replace("-", "−"),
-        "interval": "" if row["low"] is None else interval_text(row["low"], row["high"], sign=False),
+        "intervals": [
+            f"{name} {interval_text(row[low], row[high], sign=False)}"
+            for name, low, high in (("draws", "low", "high"), (f"{row['unit']}s", "low_tiles", "high_tiles"))
+            if row[low] is not None and row[high] is not None
+        ],
         "mark": MARKS[row["verdict"]],
         "verdict": row["verdict"],
         "best": row["r2"] == best,

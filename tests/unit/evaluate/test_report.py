@@ -311,7 +311,12 @@ def test_fields_that_newer_scores_bring_are_shown(tmp_path):
     config = RunConfig(report=ReportConfig(experiment=str(experiment)))
     record, page = render(tmp_path, config, datasets)
     assert len(page.scripts) == 5
-    for text in ("[0.490, 0.550]", "baseline that has the best validation score", "coordinates only for log_population", "▼"):
+    for text in (
+        "draws [0.490, 0.550]",
+        "baseline that has the best validation score",
+        "coordinates only for log_population",
+        "▼",
+    ):
         assert text in page.text
     for text in ("Ablations", HOSTILE[1], "[0.100, 0.150] 3 seeds", "Transfer between cities", HOSTILE[0], "City by city"):
         assert text in page.text
