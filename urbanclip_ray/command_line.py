@@ -81,7 +81,10 @@ def run_report(description: str | None) -> None:
 
 def run_search(description: str | None) -> None:
     """The tiles of a recipe's run nearest to a text, as a table and a contact sheet."""
-    parser = build_parser(description or "", sections=["embed"])
+    parser = argparse.ArgumentParser(
+        description=description, epilog=_epilog(["embed"]), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    _add_config_options(parser)
     parser.add_argument("text", help="what a tile should show")
     parser.add_argument("--top", type=_positive, default=12, metavar="N", help="so many tiles (default: 12)")
     arguments = parser.parse_args()
@@ -142,9 +145,7 @@ def build_parser(description: str, sections: Sequence[str], looks: Sequence[Look
     parser = argparse.ArgumentParser(
         description=description, epilog=_epilog(sections), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--recipe", required=True, metavar="NAME", help="a complete run to start from, see below")
-    parser.add_argument("--storage", metavar="URI", help="where datasets go: a local path or s3://bucket/prefix")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key; repeatable")
+    _add_config_options(parser)
     parser.add_argument("--show-config", action="store_true", help="print the whole config as JSON and stop")
     parser.add_argument("--dry-run", action="store_true", help="print what would be kept and made, write nothing, and stop")
     parser.add_argument("--check", action="store_true", help="try storage, versions, resources and an all-reduce, and stop")
@@ -154,6 +155,12 @@ def build_parser(description: str, sections: Sequence[str], looks: Sequence[Look
             choice.add_argument(look.flag, dest="look", action="store_const", const=look.show, help=look.help)
         parser.add_argument("--limit", type=_positive, metavar="N", help="look at so many tiles")
     return parser
+
+
+def _add_config_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", required=True, metavar="NAME", help="a complete run to start from, see below")
+    parser.add_argument("--storage", metavar="URI", help="where datasets go: a local path or s3://bucket/prefix")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key; repeatable")
 
 
 def _positive(text: str) -> int:

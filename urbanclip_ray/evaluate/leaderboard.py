@@ -1,7 +1,7 @@
 """Methods x indicators: R² with its interval, and whether a method of ours beats the best baseline.
 
-The best baseline is the one with the highest R² on validation tiles. Where the scores have none of these, choosing by the
-test scores that are then compared would flatter nobody but the chosen: a method must then beat every baseline.
+The best baseline is the one with the highest R² on validation tiles. Where the scores have none of these, none can be chosen
+without looking at what is then compared, so a method must beat every baseline.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ def test_sections_come_in_order_and_say_what_was_done(complete):
         "pretraining helps",
         "no clear difference",
         "Leaderboard",
-        "to choose it by the compared test scores would be unfair",
+        "the test scores that are compared must not choose it",
         "Transductive: test tiles of this split were seen in pretraining; neighbours leak.",
         "Truth, prediction and residual",
         "Tiles are shown under the pointer in 48 px",
