@@ -1,9 +1,13 @@
-"""Report: one HTML page and one JSON file about a finished run.
+"""Report: one HTML page, JSON and CSV about a finished run, or about the differences of two.
 
 example: python jobs/report.py --recipe own_tiles --set source.uri=my_tiles
+         python jobs/report.py --storage runs --runs without_text own_tiles
+
+With --runs FIRST SECOND (names in --storage, or URIs) it compares what two runs predicted on the same tiles and writes a page
+beside the second; --output says where else.
 """
 
-from urbanclip_ray.command_line import run_job
+from urbanclip_ray.command_line import run_report
 
 if __name__ == "__main__":
-    run_job(__doc__, sections=[], stages=["report"])
+    run_report(__doc__)

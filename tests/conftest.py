@@ -6,9 +6,11 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+from chromium import find_browser, open_browser
 from s3_server import S3Server, missing_programs
 
 
@@ -48,3 +50,15 @@ def s3_server() -> Iterator[S3Server]:
             yield server
         finally:
             server.stop()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Playwright's Browser. Where no Chromium is installed the test is skipped, but `make test-all` has installed one."""
+    if find_browser() is None:
+        message = "no Chromium here: `make test-all` installs it where it can"
+        if os.environ.get("URBANCLIP_RAY_NEEDS_BROWSER"):
+            pytest.fail(message)
+        pytest.skip(message)
+    with open_browser() as opened:
+        yield opened

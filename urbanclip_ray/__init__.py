@@ -21,7 +21,9 @@ _PLACES = {
     "load_model": "model.weights",
     "embed_tiles": "evaluate.embed",
     "probe": "evaluate.probe",
+    "search_tiles": "evaluate.search",
     "write_report": "evaluate.report",
+    "compare_runs": "evaluate.compare",
     "run_search": "tune",
     "run_stages": "pipeline",
 }

@@ -37,9 +37,7 @@ def run_job(description: str | None, sections: Sequence[str], stages: Sequence[s
     if looks and arguments.limit is not None and arguments.look is None:
         parser.error(f"--limit goes with {' or '.join(look.flag for look in looks)}")
     with errors_in_one_line():
-        config = load_recipe(arguments.recipe)
-        overrides = [*arguments.set, *([f"storage={arguments.storage}"] if arguments.storage else [])]
-        config = apply_overrides(config, overrides)
+        config = _config(arguments)
         if arguments.show_config:
             print(config.model_dump_json(indent=1))
         elif arguments.dry_run:
@@ -58,6 +56,44 @@ def run_job(description: str | None, sections: Sequence[str], stages: Sequence[s
             from urbanclip_ray.pipeline import run_stages  # imports Ray, which --help must not wait for
 
             run_stages(config, stages)
+
+
+def run_report(description: str | None) -> None:
+    """The report of a recipe's run, or with --runs the comparison of two runs that are finished."""
+    if "--runs" not in sys.argv:
+        run_job(description, sections=["report"], stages=["report"])
+        return
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs=2, metavar=("FIRST", "SECOND"), help="two runs: names in --storage, or URIs")
+    parser.add_argument("--storage", metavar="URI", default=RunConfig().storage, help="where the runs are")
+    parser.add_argument("--output", metavar="URI", help="where the comparison goes (default: beside the second run's datasets)")
+    arguments = parser.parse_args()
+    with errors_in_one_line():
+        from urbanclip_ray.evaluate.compare import compare_runs
+        from urbanclip_ray.storage import absolute, join
+
+        first, second = (absolute(name if "/" in name else join(arguments.storage, name)) for name in arguments.runs)
+        names = [uri.rstrip("/").rsplit("/", 1)[-1] for uri in (first, second)]
+        output = arguments.output or join(second, f"compare_{names[0]}")
+        _, page = compare_runs(first, second, absolute(output))
+        print(f"{names[1]} against {names[0]}: {page}")
+
+
+def run_search(description: str | None) -> None:
+    """The tiles of a recipe's run nearest to a text, as a table and a contact sheet."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog=_epilog(["embed"]), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    _add_config_options(parser)
+    parser.add_argument("text", help="what a tile should show")
+    parser.add_argument("--top", type=_positive, default=12, metavar="N", help="so many tiles (default: 12)")
+    arguments = parser.parse_args()
+    with errors_in_one_line():
+        config = _config(arguments)
+        from urbanclip_ray.evaluate.search import search_run
+        from urbanclip_ray.pipeline import find_parents
+
+        search_run(find_parents(config, "prompts"), arguments.text, arguments.top)
 
 
 def run_verification(description: str | None) -> None:
@@ -103,6 +139,11 @@ def run_leak_table(description: str | None) -> None:
             print(f"written: {uri}")
 
 
+def _config(arguments: argparse.Namespace) -> RunConfig:
+    overrides = [*arguments.set, *([f"storage={arguments.storage}"] if arguments.storage else [])]
+    return apply_overrides(load_recipe(arguments.recipe), overrides)
+
+
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
     """Errors that a user can mend end the process with their message alone; others keep their traceback."""
@@ -125,9 +166,7 @@ def build_parser(description: str, sections: Sequence[str], looks: Sequence[Look
     parser = argparse.ArgumentParser(
         description=description, epilog=_epilog(sections), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--recipe", required=True, metavar="NAME", help="a complete run to start from, see below")
-    parser.add_argument("--storage", metavar="URI", help="where datasets go: a local path or s3://bucket/prefix")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key; repeatable")
+    _add_config_options(parser)
     parser.add_argument("--show-config", action="store_true", help="print the whole config as JSON and stop")
     parser.add_argument("--dry-run", action="store_true", help="print what would be kept and made, write nothing, and stop")
     parser.add_argument("--check", action="store_true", help="try storage, versions, resources and an all-reduce, and stop")
@@ -137,6 +176,12 @@ def build_parser(description: str, sections: Sequence[str], looks: Sequence[Look
             choice.add_argument(look.flag, dest="look", action="store_const", const=look.show, help=look.help)
         parser.add_argument("--limit", type=_positive, metavar="N", help="look at so many tiles")
     return parser
+
+
+def _add_config_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", required=True, metavar="NAME", help="a complete run to start from, see below")
+    parser.add_argument("--storage", metavar="URI", help="where datasets go: a local path or s3://bucket/prefix")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key; repeatable")
 
 
 def _positive(text: str) -> int:

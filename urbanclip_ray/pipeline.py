@@ -135,9 +135,12 @@ def _show_results(run: Run, console: Console) -> None:
 
 
 def _report(run: Run, datasets: Mapping[str, Dataset]) -> str:
-    """Write the report unless the one that stands was written from the same datasets."""
-    uri = join(run.uri, "report")
-    made_of = digest({name: dataset.sha256 for name, dataset in datasets.items()})
+    """Write the report unless the one that stands was written from the same datasets, experiment and settings."""
+    from urbanclip_ray.evaluate.experiment import read_experiment
+
+    uri, settings = join(run.uri, "report"), run.config.report
+    experiment = read_experiment(settings.experiment) if settings.experiment else []
+    made_of = digest([{name: found.sha256 for name, found in datasets.items()}, settings.model_dump(), experiment])
     marker = join(uri, "made_of.txt")
     if exists(marker) and exists(join(uri, "report.html")) and read_bytes(marker).decode() == made_of:
         return join(uri, "report.html")
@@ -151,13 +154,15 @@ def _report(run: Run, datasets: Mapping[str, Dataset]) -> str:
 def _retrieval_table(retrieval: Dataset) -> Table:
     results = json.loads(read_bytes(retrieval.file_uri("retrieval.json")))
     table = Table(title="image-text retrieval (outer split)", title_justify="left")
-    for name in ("part", "images", "texts", "direction", "R@1", "R@5", "R@10", "R@10 by chance"):
+    names = ("part", "images", "texts", "direction", "R@1", "R@5", "R@10", "R@10 by chance", "R@10 with equal texts")
+    for name in (*names, "median rank"):
         table.add_column(name, justify="left" if name in ("part", "direction") else "right")
     for result in results:
         for direction, arrow in (("image_to_text", "image → text"), ("text_to_image", "text → image")):
             recall = [f"{result[direction][k]:.1%}" for k in ("r1", "r5", "r10")]
             chance = f"{result['chance'][direction]['r10']:.1%}"
-            table.add_row(result["part"], str(result["num_images"]), str(result["num_texts"]), arrow, *recall, chance)
+            more = (f"{result['equal_texts'][direction]['r10']:.1%}", f"{result[direction]['median_rank']:g}")
+            table.add_row(result["part"], str(result["num_images"]), str(result["num_texts"]), arrow, *recall, chance, *more)
     return table
 
 

@@ -87,6 +87,7 @@ def list_places(config: RunConfig) -> dict[str, str]:
         "caption.model": config.caption.model if is_directory(config.caption.model) else "",
         "model.pretrained": config.model.pretrained if config.model.pretrained_is_file else "",
         "embed.weights": config.embed.weights,
+        "report.experiment": config.report.experiment,
     }
     return {key: value for key, value in values.items() if value}
 
@@ -99,6 +100,7 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
         source = source.model_copy(update={"release": absolute(source.release)})
     if model.pretrained_is_file:
         model = model.model_copy(update={"pretrained": absolute(model.pretrained)})
+    report = config.report.model_copy(update={"experiment": absolute(config.report.experiment)})
     embed = config.embed.model_copy(update={"weights": absolute(config.embed.weights)})
     caption = config.caption
     if is_directory(caption.model):
@@ -106,7 +108,7 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     rasters = {name: raster.model_copy(update={"uri": absolute(raster.uri)}) for name, raster in config.labels.rasters.items()}
     labels = config.labels.model_copy(update={"csv": absolute(config.labels.csv), "rasters": rasters})
     changed: dict[str, Any] = {"storage": absolute(config.storage), "source": source, "labels": labels}
-    changed |= {"model": model, "caption": caption, "embed": embed}
+    changed |= {"model": model, "caption": caption, "embed": embed, "report": report}
     return config.model_copy(update=changed)
 
 
@@ -230,11 +232,17 @@ def _retrieval(run: Run, publication: Publication) -> None:
     measure_retrieval(embeddings, pairs, splits, run.weights_uri(), config.split.outer, config.train.text_mode, publication)
 
 
+def _prompts(run: Run, publication: Publication) -> None:
+    from urbanclip_ray.evaluate.prompts import score_prompts
+
+    score_prompts(run.datasets["embeddings"], run.weights_uri(), run.config.prompts, publication)
+
+
 def _probe(run: Run, publication: Publication) -> None:
     from urbanclip_ray.evaluate.probe import probe
 
     config, made = run.config, run.datasets
-    embeddings = {"pretrained": made["embeddings"], "untrained": made["untrained"]}
+    embeddings = {"pretrained": made["embeddings"], "untrained": made["untrained"], "prompts": made["prompts"]}
     probe(
         made["labels"],
         made["splits"],
@@ -325,9 +333,17 @@ STAGES: tuple[Stage, ...] = (
         lambda run: run.pretrains,
     ),
     Stage(
+        "prompts",
+        "embed",
+        ("embeddings",),
+        lambda run: {"prompts": run.config.prompts.content()},
+        _prompts,
+        lambda _: True,  # every encoder that can be in `embeddings` is a CoCa's, which has a text tower
+    ),
+    Stage(
         "probe",
         "probe",
-        ("labels", "splits", "embeddings", "untrained", "tiles"),
+        ("labels", "splits", "embeddings", "untrained", "prompts", "tiles"),
         lambda run: {"probe": run.config.probe.content(), "pixels": run.config.pixels.content()},
         _probe,
         _is_needed_for_probe,

@@ -125,6 +125,26 @@ def test_a_second_run_keeps_everything_and_is_quick(walk):
     assert finished(walk.run) == before
 
 
+def test_the_nearest_tiles_of_a_text_are_printed_and_shown(walk):
+    result = run_job("search", "houses to the east", "--top", "3", *city_options(walk.city, walk.storage))
+    assert result.returncode == 0, result.stderr[-4000:]
+    ids = set(walk.dataset("embeddings").read(["tile_id"])["tile_id"].to_pylist())
+    assert sum(tile_id in result.stdout for tile_id in ids) == 3
+    (page,) = (walk.run / "search").glob("*.html")
+    assert page.read_text().count("data:image/jpeg;base64,") == 3
+    assert "houses to the east" in page.read_text()
+
+
+def test_a_run_compared_with_itself_has_no_difference(walk, tmp_path):
+    result = run_job("report", "--storage", str(walk.storage), "--runs", "tiny_test", "tiny_test", "--output", str(tmp_path))
+    assert result.returncode == 0, result.stderr[-4000:]
+    record = json.loads((tmp_path / "compare.json").read_text())
+    assert record["config"] == []
+    assert {row["mean"] for row in record["differences"]} == {0.0}
+    assert {row["method"] for row in record["differences"]} == METHODS
+    assert (tmp_path / "compare.html").is_file()
+
+
 @pytest.fixture(scope="module")
 def jobs(walk, tmp_path_factory, ray_cluster) -> Path:
     """The same walk by jobs one by one, on a cluster that is there already; after each the next ones are still unmade."""

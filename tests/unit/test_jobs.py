@@ -17,7 +17,7 @@ from urbanclip_ray.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
-STAGE_JOBS = [job for job in JOBS if job.stem not in ("verify_gpu", "leak")]  # which have no stages to choose
+STAGE_JOBS = [job for job in JOBS if job.stem not in ("verify_gpu", "leak", "report", "search")]  # which are no stages
 HELP_LIMIT_S = 1.5
 MAX_LINES = 60
 
@@ -77,6 +77,25 @@ def test_a_mistake_on_the_command_line_is_one_line_and_no_traceback(arguments, m
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments", "message"),
+    [
+        ("report.py", ["--recipe", "moon"], "error: --recipe 'moon' is not known; choose one of"),
+        (
+            "report.py",
+            ["--runs", "no_run", "no_other"],
+            "error: {storage}/no_run has no run.json: give a run's name in --storage",
+        ),
+        ("search.py", ["boats", "--recipe", "tiny_test", "--set", "source.uri={storage}"], "error: {storage}"),
+    ],
+)
+def test_a_report_or_a_search_without_its_run_says_what_is_missing(job, arguments, message, tmp_path):
+    result = start(job, *(argument.format(storage=tmp_path) for argument in arguments), "--storage", str(tmp_path))
+    assert result.returncode != 0
+    assert result.stderr.splitlines()[-1].startswith(message.format(storage=tmp_path))
+    assert "Traceback" not in result.stderr
 
 
 def test_show_config_prints_json():

@@ -79,7 +79,7 @@ def test_stages_are_made_once_in_an_order_in_which_parents_come_first(config, ma
         ("pack.seed=1", ["tiles", "labels", "captions", "pairs", "splits"]),
         ("train.lr=0.01", ["tiles", "labels", "captions", "pairs", "splits", "shards"]),
         ("model.patch_dropout=0.5", ["tiles", "labels", "captions", "pairs", "splits", "shards"]),
-        ("embed.views=8", [name for name in NAMES if name not in ("embeddings", "untrained", "retrieval", "probe")]),
+        ("embed.views=8", [name for name in NAMES if name not in ("embeddings", "untrained", "retrieval", "prompts", "probe")]),
         ("probe.target=log", NAMES[:-1]),
         ("pixels.crop_left_px=2", ["tiles", "labels", "splits"]),
         ("ingest.min_side_px=9", []),
@@ -174,7 +174,9 @@ def test_a_stage_that_fails_leaves_nothing_and_the_next_run_goes_on_from_there(c
 
 
 def test_a_run_with_given_weights_neither_captions_nor_pretrains(config, made):
-    assert rerun(config, made, "embed.weights=elsewhere") == ["tiles", "labels", "splits", "embeddings", "untrained", "probe"]
+    assert rerun(config, made, "embed.weights=elsewhere") == [
+        *("tiles", "labels", "splits", "embeddings", "untrained", "prompts", "probe")
+    ]
 
 
 def test_a_source_without_labels_is_not_probed(config, made, tmp_path):
@@ -219,7 +221,13 @@ def test_a_stage_s_parents_are_found_or_the_job_to_run_first_is_named(config, ma
         find_parents(config, "captions")
     rerun(config, made)
     assert set(find_parents(config, "captions").datasets) == {"tiles"}
-    assert set(find_parents(config, "retrieval").datasets) == set(NAMES) - {"labels", "untrained", "probe", "retrieval"}
+    assert set(find_parents(config, "retrieval").datasets) == set(NAMES) - {
+        "labels",
+        "untrained",
+        "prompts",
+        "probe",
+        "retrieval",
+    }
 
 
 def test_weights_are_found_in_a_folder_a_dataset_or_a_run(config, made, tmp_path):

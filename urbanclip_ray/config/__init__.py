@@ -19,6 +19,7 @@ from urbanclip_ray.config.data import (
 )
 from urbanclip_ray.config.evaluation import EmbedConfig, ProbeConfig, Target
 from urbanclip_ray.config.labels import LabelsConfig, RasterConfig
+from urbanclip_ray.config.report import PromptsConfig, ReportConfig
 from urbanclip_ray.config.run import RunConfig
 from urbanclip_ray.config.search import Domain, TuneConfig
 from urbanclip_ray.config.section import ConfigError, Section
@@ -52,8 +53,10 @@ __all__ = [
     "PackConfig",
     "PixelsConfig",
     "ProbeConfig",
+    "PromptsConfig",
     "RasterConfig",
     "RefineConfig",
+    "ReportConfig",
     "ResourcesConfig",
     "RsicdSource",
     "RunConfig",

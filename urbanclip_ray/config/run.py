@@ -10,6 +10,7 @@ from pydantic import field_validator, model_validator
 from urbanclip_ray.config.data import CaptionConfig, IngestConfig, PackConfig, PixelsConfig, RefineConfig, SplitConfig
 from urbanclip_ray.config.evaluation import EmbedConfig, ProbeConfig
 from urbanclip_ray.config.labels import LabelsConfig
+from urbanclip_ray.config.report import PromptsConfig, ReportConfig
 from urbanclip_ray.config.search import TuneConfig, check_searched
 from urbanclip_ray.config.section import Section, execution
 from urbanclip_ray.config.sources import FolderSource, SourceConfig
@@ -35,7 +36,9 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     embed: EmbedConfig = EmbedConfig()
+    prompts: PromptsConfig = PromptsConfig()
     probe: ProbeConfig = ProbeConfig()
+    report: ReportConfig = ReportConfig()
     tune: TuneConfig = TuneConfig()
     resources: ResourcesConfig = ResourcesConfig()
 

@@ -13,7 +13,12 @@ from urbanclip_ray.evaluate.plots import method_name
 Json = dict[str, Any]
 
 SPACE_NAMES = {"raw": "raw values", "log": "natural log", "log1p": "log(1 + value)"}
-BASELINES = ("untrained", "untrained_mlp", "colour", "coordinates", "mean")
+
+
+def is_baseline(method: str) -> bool:
+    """Everything but what the pretrained encoder gives: its vectors, and how near texts are to them."""
+    representation = method.removesuffix("_mlp")
+    return not representation.startswith("pretrained") and representation != "prompts"
 
 
 def finding(indicator: str, record: Json) -> Json:
@@ -40,13 +45,13 @@ def finding(indicator: str, record: Json) -> Json:
     verdict, tone = _verdict(pair)
     if pair is not None and pair["mean"] is not None:
         sentences.append(
-            f"Difference {_signed(pair['mean'])}: 95% interval {_interval(pair['low'], pair['high'])} over draws, "
-            f"{_interval(pair['low_tiles'], pair['high_tiles'])} over test tiles; positive in "
+            f"Difference {signed(pair['mean'])}: 95% interval {interval_text(pair['low'], pair['high'])} over draws, "
+            f"{interval_text(pair['low_tiles'], pair['high_tiles'])} over test tiles; positive in "
             f"{pair['num_positive']} of {pair['draws']} draws."
         )
     best = max(scores.values(), key=lambda row: row["mean"])
-    baseline_wins = best["method"] in BASELINES
-    own = [row for method, row in scores.items() if method not in BASELINES]
+    baseline_wins = is_baseline(best["method"])
+    own = [row for method, row in scores.items() if not is_baseline(method)]
     if baseline_wins and own:
         closest = max(own, key=lambda row: row["mean"])
         sentences.append(
@@ -93,19 +98,21 @@ def paired_row(row: Json) -> Json:
         "indicator": row["indicator"],
         "split": row["split"],
         "comparison": f"{method_name(row['method'])} − {method_name(row['against'])}",
-        "mean": _signed(row["mean"]),
-        "draws_interval": _interval(row["low"], row["high"]),
-        "tiles_interval": _interval(row["low_tiles"], row["high_tiles"]),
+        "mean": signed(row["mean"]),
+        "draws_interval": interval_text(row["low"], row["high"]),
+        "tiles_interval": interval_text(row["low_tiles"], row["high_tiles"]),
         "positive": "–" if row["num_positive"] is None else f"{row['num_positive']} of {row['draws']}",
     }
 
 
-def _signed(value: float | None) -> str:
+def signed(value: float | None) -> str:
     return "–" if value is None else f"{value:+.3f}".replace("-", "−")
 
 
-def _interval(low: float | None, high: float | None) -> str:
-    return f"[{_signed(low)}, {_signed(high)}]"
+def interval_text(low: float | None, high: float | None, *, sign: bool = True) -> str:
+    if low is None or high is None:
+        return "[–, –]"
+    return f"[{signed(low)}, {signed(high)}]" if sign else f"[{low:.3f}, {high:.3f}]".replace("-", "−")
 
 
 def _spread(row: Json | None) -> str:

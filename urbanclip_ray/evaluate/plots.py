@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import html
 import json
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,11 +17,15 @@ import plotly.graph_objects as go
 
 Figure = dict[str, Any]
 
+REPRESENTATION_NAMES = {
+    "pca": "PCA",
+    "resnet18": "ResNet-18",
+    "tile2vec": "Tile2Vec",
+    "simclr": "SimCLR",
+    "image_only": "image only",
+    "prompts": "text prompts",
+}
 METHOD_NAMES = {
-    "pretrained": "pretrained (ridge)",
-    "pretrained_mlp": "pretrained (MLP)",
-    "untrained": "untrained (ridge)",
-    "untrained_mlp": "untrained (MLP)",
     "colour": "colour statistics",
     "coordinates": "coordinates only",
     "mean": "mean predictor",
@@ -32,26 +36,17 @@ OTHER_COLOURS = ("#c2571a", "#0f8a6d", "#8b5cf6")
 NEUTRAL = "rgba(128,128,128,0.35)"
 GRID = "rgba(128,128,128,0.22)"
 LOWEST_R2_SHOWN = -1.0  # one failed fit at -40 would squeeze every other method into one point
-MAP_HEIGHT_PX = 380  # at most; a map wider than high is lower
-LOWEST_MAP_PX = 220
-MAP_MARGIN_PX = 70  # above and below the axes
-MAP_WIDTH_PX = 430  # of the axes of one map on a wide page, for the size of the tiles' squares
-TILE_PX = (3.0, 18.0)  # smallest and largest side of a tile's square
-
-
-class Axis(NamedTuple):
-    """Where a map lies: ranges in degrees; `stretch` is the length of a degree of latitude over one of longitude."""
-
-    lon: tuple[float, float]
-    lat: tuple[float, float]
-    stretch: float
-    tile_px: float
-    height_px: int
+SCATTER_HEIGHT_PX = 380
+MOST_POINTS = 3000
 
 
 def method_name(method: str) -> str:
-    """What a probe method is called on the page."""
-    return METHOD_NAMES.get(method, method)
+    """What a probe method is called on the page: a representation with its head, or one of few without."""
+    if method in METHOD_NAMES:
+        return METHOD_NAMES[method]
+    representation = method.removesuffix("_mlp")
+    head = "ridge" if representation == method else "MLP"
+    return f"{REPRESENTATION_NAMES.get(representation, representation)} ({head})"
 
 
 def score_dots(scores: list[dict[str, Any]], outer: str) -> Figure:
@@ -89,98 +84,76 @@ def score_dots(scores: list[dict[str, Any]], outer: str) -> Figure:
     _style(figure, height=96 + 34 * len(methods), left=138)
     figure.update_layout(scattermode="group", legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
     figure.add_vline(x=0, line={"width": 1, "color": NEUTRAL})
-    figure.update_xaxes(title_text="R² (1 is perfect, 0 is the mean of the test tiles)")
+    figure.update_xaxes(title_text="R² (0: the mean of the test tiles)")
     names = [html.escape(method_name(method)) for method in methods]
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=names[::-1], showgrid=False)
     figure.update_yaxes(range=[-0.6, len(names) - 0.4])
     return _as_json(figure)
 
 
-def tile_maps(tiles: pd.DataFrame, test: pd.DataFrame) -> dict[str, Figure]:
-    """Maps of truth, prediction and residual (prediction - truth), keyed by those words.
-
-    `tiles`: every tile of the area, with tile_id, lon, lat, west, east, south, north (WGS84 degrees).
-    `test`: the same and y, y_pred for the test tiles. Truth and prediction share one colour scale that spans the 2nd to
-    the 98th percentile of both; the residual's is centred on zero.
-    """
-    axis = _axis(tiles)
-    both = np.concatenate([test["y"], test["y_pred"]])
-    low, high = (float(bound) for bound in np.percentile(both, [2, 98]))
-    residual = test["y_pred"] - test["y"]
-    reach = float(np.percentile(residual.abs(), 98)) or 1.0
-    shared = {"colorscale": "Viridis", "cmin": low, "cmax": high if high > low else low + 1.0}
-    signed = {"colorscale": "RdBu", "reversescale": True, "cmin": -reach, "cmax": reach}
-    return {
-        "truth": _map(tiles, test, test["y"], axis, shared),
-        "prediction": _map(tiles, test, test["y_pred"], axis, shared),
-        "residual": _map(tiles, test, residual, axis, signed),
-    }
-
-
-def _axis(tiles: pd.DataFrame) -> Axis:
-    tile_lon, tile_lat = (tiles["east"] - tiles["west"]).median(), (tiles["north"] - tiles["south"]).median()
-    lon_span, lat_span = np.ptp(tiles["lon"]), np.ptp(tiles["lat"])
-    if not np.isfinite([tile_lon, tile_lat]).all():  # no footprints: as if the tiles filled the area
-        tile_lon, tile_lat = (max(span, 1e-3) / max(1.0, len(tiles) ** 0.5) for span in (lon_span, lat_span))
-    lon = (float(tiles["lon"].min() - tile_lon), float(tiles["lon"].max() + tile_lon))
-    lat = (float(tiles["lat"].min() - tile_lat), float(tiles["lat"].max() + tile_lat))
-    stretch = 1 / float(np.cos(np.radians(np.clip(np.mean(lat), -85, 85))))
-    wide, high = lon[1] - lon[0], (lat[1] - lat[0]) * stretch
-    degree_px = min(MAP_WIDTH_PX / wide, (MAP_HEIGHT_PX - MAP_MARGIN_PX) / high)
-    height_px = max(LOWEST_MAP_PX, round(high * degree_px) + MAP_MARGIN_PX)
-    return Axis(lon, lat, stretch, float(np.clip(tile_lon * degree_px, *TILE_PX)), height_px)
-
-
-def _map(tiles: pd.DataFrame, test: pd.DataFrame, values: pd.Series, axis: Axis, scale: dict[str, Any]) -> Figure:
-    others = tiles[~tiles["tile_id"].isin(test["tile_id"])]
-    square = {"symbol": "square", "size": axis.tile_px}
+def difference_dots(rows: list[dict[str, Any]]) -> Figure:
+    """A dot per split and method with a bar that spans both intervals; `rows` are differences of one indicator."""
     figure = go.Figure()
-    figure.add_scatter(x=others["lon"].round(5), y=others["lat"].round(5), mode="markers", marker=square | {"color": NEUTRAL})
-    figure.data[0].update(hoverinfo="skip")
+    names = [html.escape(f"{method_name(row['method'])}, {row['split']}") for row in rows]
+    lows = [min((row[key] for key in ("low", "low_tiles") if row[key] is not None), default=row["mean"]) for row in rows]
+    highs = [max((row[key] for key in ("high", "high_tiles") if row[key] is not None), default=row["mean"]) for row in rows]
+    means = [row["mean"] for row in rows]
     figure.add_scatter(
-        x=test["lon"].round(5),
-        y=test["lat"].round(5),
-        mode="markers",
-        marker=square
-        | scale
-        | {
-            "color": values,
-            "line": {"width": 0.5, "color": "rgba(90,90,90,0.6)"},
-            "colorbar": {"thickness": 10, "outlinewidth": 0, "len": 0.95, "xpad": 6},
+        x=means,
+        y=names,
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": [high - mean for high, mean in zip(highs, means, strict=True)],
+            "arrayminus": [mean - low for low, mean in zip(lows, means, strict=True)],
+            "thickness": 2,
+            "width": 4,
         },
-        text=[html.escape(tile_id) for tile_id in test["tile_id"]],
-        hovertemplate="%{text}<br>%{marker.color:.4g}<extra></extra>",
+        mode="markers",
+        marker={"size": 10, "color": OUTER_COLOUR},
+        hovertemplate="%{y}: %{x:.3f}<extra></extra>",
     )
-    _style(figure, height=axis.height_px, left=48)
-    figure.update_layout(showlegend=False, hovermode="closest")
-    ticks = {"nticks": 5, "ticksuffix": "°", "showgrid": False, "constrain": "domain"}
-    figure.update_xaxes(range=axis.lon, **ticks)
-    figure.update_yaxes(range=axis.lat, scaleanchor="x", scaleratio=axis.stretch, **ticks)
+    _style(figure, height=96 + 30 * max(1, len(rows)), left=190)
+    figure.add_vline(x=0, line={"width": 1, "color": NEUTRAL})
+    figure.update_xaxes(title_text="difference in R²")
+    figure.update_yaxes(type="category", categoryorder="array", categoryarray=names[::-1], showgrid=False)
     return _as_json(figure)
 
 
 def truth_scatter(test: pd.DataFrame, space: str) -> Figure:
-    """Prediction against truth for test tiles (columns tile_id, y, y_pred) with the identity line; axes are equal."""
+    """Prediction against truth for test tiles (columns y, y_pred) with the identity line; axes are equal.
+
+    Every point has the number of its row as custom data. Above :data:`MOST_POINTS` rows it is a seeded choice of them: each
+    point is an element of the page.
+    """
     low = float(min(test["y"].min(), test["y_pred"].min()))
     high = float(max(test["y"].max(), test["y_pred"].max()))
     margin = 0.04 * (high - low) or 1.0
     ends = [low - margin, high + margin]
+    rows = np.arange(len(test))
+    if len(rows) > MOST_POINTS:
+        rows = np.sort(np.random.default_rng(0).choice(rows, MOST_POINTS, replace=False))
     figure = go.Figure()
     figure.add_scatter(x=ends, y=ends, mode="lines", line={"color": "#888", "dash": "dash"}, hoverinfo="skip")
     figure.add_scatter(
-        x=test["y"],
-        y=test["y_pred"],
+        x=[significant(value) for value in test["y"].iloc[rows]],
+        y=[significant(value) for value in test["y_pred"].iloc[rows]],
+        customdata=rows.tolist(),
         mode="markers",
         marker={"size": 6, "color": OUTER_COLOUR, "opacity": 0.55},
-        text=[html.escape(tile_id) for tile_id in test["tile_id"]],
-        hovertemplate="%{text}<br>truth %{x:.4g}<br>prediction %{y:.4g}<extra></extra>",
+        hoverinfo="none",
     )
-    _style(figure, height=MAP_HEIGHT_PX, left=56)
+    _style(figure, height=SCATTER_HEIGHT_PX, left=56)
     figure.update_layout(showlegend=False, hovermode="closest")
     unit = "" if space == "raw" else f" ({html.escape(space)})"
     figure.update_xaxes(title_text=f"truth{unit}", range=ends, constrain="domain")
     figure.update_yaxes(title_text=f"prediction{unit}", range=ends, constrain="domain", scaleanchor="x")
     return _as_json(figure)
+
+
+def significant(value: float) -> float:
+    """Five digits, which no plot shows more of."""
+    return float(f"{value:.5g}")
 
 
 def loss_curves(train: list[dict[str, Any]], validation: list[dict[str, Any]]) -> Figure:

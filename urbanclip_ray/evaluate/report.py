@@ -8,22 +8,24 @@ anything.
 from __future__ import annotations
 
 import base64
-import importlib.resources
-import io
 import json
 from collections.abc import Mapping
 from typing import Any
 
-import jinja2
 import numpy as np
-import pandas as pd
 from plotly.offline import get_plotlyjs
 
-from urbanclip_ray import imagery, storage
+from urbanclip_ray import storage
 from urbanclip_ray.config import RunConfig
 from urbanclip_ray.evaluate import plots
-from urbanclip_ray.evaluate.findings import SPACE_NAMES, distinct, finding, main_finding, paired_row, score_table
+from urbanclip_ray.evaluate.experiment import ablation_tables, city_tables, read_experiment, transfer_records, transfer_tables
+from urbanclip_ray.evaluate.findings import distinct, finding, main_finding, paired_row, score_table
+from urbanclip_ray.evaluate.gallery import caption_gallery, search_examples
+from urbanclip_ray.evaluate.leaderboard import board_tables, make_leaderboard
+from urbanclip_ray.evaluate.maps import make_maps
+from urbanclip_ray.evaluate.page import as_csv, page_environment, read_template
 from urbanclip_ray.evaluate.plots import method_name
+from urbanclip_ray.evaluate.thumbnails import Sheets, make_sheets
 from urbanclip_ray.storage import Dataset
 
 Json = dict[str, Any]
@@ -31,7 +33,7 @@ Json = dict[str, Any]
 REQUIRED = ("tiles", "splits", "probe")
 STAGES = (
     *("tiles", "labels", "captions", "pairs", "splits", "shards", "pretrain"),
-    *("embeddings", "untrained", "probe", "retrieval"),
+    *("embeddings", "untrained", "prompts", "probe", "retrieval"),
 )
 SOURCE_NAMES = {
     "folder": "a folder of tiles",
@@ -44,36 +46,38 @@ CAPTIONER_NAMES = {
     "given": "the source itself",
     "transformers": "a vision-language model",
 }
-NUM_TILES_SHOWN = 12
-NUM_TILES_WITH_REJECTS = 5  # of those shown, where there are as many
-NUM_SENTENCES_SHOWN = 8
-NUM_CHARACTERS_SHOWN = 400  # of one sentence
-MOST_MAP_AREAS = 12
-THUMBNAIL_PX = 192
+PREDICTION_COLUMNS = ["tile_id", "indicator", "method", "split", "fold", "seed", "y", "y_pred"]
+SCORE_COLUMNS = (
+    *("indicator", "split", "method", "metric", "space", "mean", "std", "low", "high", "low_tiles", "high_tiles"),
+    *("unit", "num_units", "seeds", "num_folds", "num_test", "validation", "transductive"),
+)
 
 
 def write_report(config: RunConfig, datasets: Mapping[str, Dataset], uri: str) -> tuple[str, str]:
-    """Write `<uri>/report.json` and `<uri>/report.html`; returns both URIs.
+    """Write `<uri>/report.json`, `report.html`, `scores.csv` and `leaderboard.csv`; returns the URIs of the first two.
 
     `datasets` maps the stages of `STAGES` to finished datasets. All but tiles, splits and probe may be missing, and the
-    page leaves out the parts that need them. Raises ValueError naming required stages that are missing.
+    page leaves out the parts that need them. Raises ValueError naming required stages that are missing, and ExperimentError
+    where `report.experiment` cannot be read.
     """
     if missing := [stage for stage in REQUIRED if stage not in datasets]:
         raise ValueError(f"the report needs {', '.join(missing)}: run these stages first and pass their datasets")
     scores = _read_json(datasets["probe"], "scores.json")
-    retrieval = _read_json(datasets["retrieval"], "retrieval.json") if "retrieval" in datasets else None
+    experiment = read_experiment(config.report.experiment) if config.report.experiment else []
     record = {
         "run": config.run,
-        "probe": scores["probe"],
-        "paired": scores["paired"],
-        "transductive": scores["transductive"],
-        "outer": scores["outer"],
-        "retrieval": retrieval,
+        **{key: scores[key] for key in ("probe", "paired", "transductive", "outer")},
+        **{key: scores.get(key, []) for key in ("folds", "cities")},
+        "experiment": experiment,
+        "retrieval": _read_json(datasets["retrieval"], "retrieval.json") if "retrieval" in datasets else None,
         "provenance": _provenance(datasets),
         "config": config.model_dump(mode="json"),
     }
+    record["leaderboard"] = make_leaderboard(record, datasets["probe"].read(PREDICTION_COLUMNS).to_pandas())
     json_uri, html_uri = storage.join(uri, "report.json"), storage.join(uri, "report.html")
     storage.write_bytes(html_uri, _page(config, datasets, record).encode())
+    storage.write_bytes(storage.join(uri, "scores.csv"), as_csv(record["probe"], SCORE_COLUMNS))
+    storage.write_bytes(storage.join(uri, "leaderboard.csv"), as_csv(record["leaderboard"]))
     storage.write_bytes(json_uri, json.dumps(record, indent=1, ensure_ascii=False).encode())
     return json_uri, html_uri
 
@@ -84,33 +88,68 @@ def _read_json(dataset: Dataset, name: str) -> Any:
 
 def _page(config: RunConfig, datasets: Mapping[str, Dataset], record: Json) -> str:
     figures: dict[str, plots.Figure] = {}
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = importlib.resources.files("urbanclip_ray.evaluate").joinpath("report.html").read_text("utf-8")
     outer = record["outer"]
     findings = [finding(indicator, record) for indicator in distinct(record["probe"], "indicator")]
-    return environment.from_string(template).render(
-        run=config.run,
-        outer=outer,
-        lead=_lead(config, datasets, record),
-        findings=findings,
-        main_finding=main_finding(findings),
-        table=score_table(record),
-        paired=[paired_row(row) for row in record["paired"]],
-        dots=_score_dots(record, figures),
-        panels=_panels(datasets, record, figures),
-        mapped=method_name(_mapped_method(record)),
-        training=_training(datasets, figures),
-        retrieval=_retrieval_rows(record["retrieval"] or []),
-        gallery=_gallery(datasets, outer),
-        rule_based=config.caption.captioner == "land_cover" and "captions" in datasets,
-        captioner=_captioner_name(config, datasets),
-        provenance=record["provenance"],
-        libraries=_libraries(record["provenance"]),
-        config_json=json.dumps(record["config"], indent=2),
-        source=config.source.kind,
-        figures=figures,
-        plotly_js=get_plotlyjs(),
+    sheets = make_sheets(datasets["tiles"], config.report.max_thumbnails, 1e6 * config.report.max_thumbnail_mb)
+    maps = make_maps(datasets, record, _mapped_method(record), sheets, figures)
+    return (
+        page_environment()
+        .from_string(read_template("report.html"))
+        .render(
+            run=config.run,
+            outer=outer,
+            lead=_lead(config, datasets, record),
+            findings=findings,
+            main_finding=main_finding(findings),
+            boards=board_tables(record["leaderboard"], outer),
+            transductive=record["transductive"],
+            table=score_table(record),
+            paired=[paired_row(row) for row in record["paired"]],
+            dots=_score_dots(record, figures),
+            ablations=ablation_tables(record["experiment"]),
+            transfers=transfer_tables([*transfer_records(record), *record["experiment"]]),
+            cities=city_tables(record),
+            notes=_probe_notes(datasets["probe"]),
+            maps=maps,
+            nearness=datasets["splits"].manifest.facts.get("nearness", {}),
+            thumbnails=_thumbnail_note(sheets),
+            sheets=[base64.b64encode(sheet).decode() for sheet in sheets.sheets],
+            mapped=method_name(_mapped_method(record)),
+            training=_training(datasets, figures),
+            retrieval=_retrieval_rows(record["retrieval"] or []),
+            searches=search_examples(datasets),
+            gallery=caption_gallery(datasets, outer),
+            rule_based=config.caption.captioner == "land_cover" and "captions" in datasets,
+            captioner=_captioner_name(config, datasets),
+            provenance=record["provenance"],
+            libraries=_libraries(record["provenance"]),
+            config_json=json.dumps(record["config"], indent=2),
+            source=config.source.kind,
+            figures=figures,
+            style=read_template("report.css"),
+            script=read_template("report.js"),
+            plotly_js=get_plotlyjs(),
+        )
     )
+
+
+def _thumbnail_note(sheets: Sheets) -> str:
+    """How large the pictures under the pointer are, and how many tiles have none; what is capped is said."""
+    shown = len(sheets.place)
+    if not shown:
+        return "No tile is shown under the pointer."
+    note = f"Tiles are shown under the pointer in {sheets.side_px} px"
+    if shown < sheets.num_tiles:
+        note += f"; to bound this page, {shown:,} of {sheets.num_tiles:,} tiles have a picture"
+    return f"{note} (report.max_thumbnails, report.max_thumbnail_mb)."
+
+
+def _probe_notes(probe: Dataset) -> list[str]:
+    """What the probe says of itself that a reader of its scores must know."""
+    facts = probe.manifest.facts
+    notes = [f"{method_name(method)} could not run: {reason}." for method, reason in facts.get("skipped", {}).items()]
+    notes += [f"Leak ({leak['severity']}), {leak['name']}: {leak['detail']}." for leak in facts.get("leaks", [])]
+    return notes
 
 
 def _provenance(datasets: Mapping[str, Dataset]) -> dict[str, Json]:
@@ -124,8 +163,7 @@ def _provenance(datasets: Mapping[str, Dataset]) -> dict[str, Json]:
             "rejects": datasets[stage].manifest.rejects,
             "libraries": datasets[stage].manifest.libraries,
         }
-        for stage in STAGES
-        if stage in datasets
+        for stage in (*(name for name in STAGES if name in datasets), *sorted(datasets.keys() - set(STAGES)))
     }
 
 
@@ -203,45 +241,6 @@ def _mapped_method(record: Json) -> str:
     return "pretrained" if "pretrained" in methods or not methods else methods[0]
 
 
-def _panels(datasets: Mapping[str, Dataset], record: Json, figures: dict[str, plots.Figure]) -> list[Json]:
-    """One panel per indicator (and area): maps where tiles have coordinates, and the scatter of test tiles."""
-    method = _mapped_method(record)
-    filters = [("method", "=", method), ("split", "=", record["outer"])]
-    predictions = datasets["probe"].read(columns=["tile_id", "indicator", "y", "y_pred", "space"], filters=filters)
-    held_out = predictions.to_pandas()
-    areas = _map_areas(datasets["tiles"])
-    panels: list[Json] = []
-    for indicator in held_out["indicator"].unique():
-        rows = held_out[held_out["indicator"] == indicator]
-        space = str(rows["space"].iloc[0])
-        test = rows[rows["space"] == space].groupby("tile_id", as_index=False)[["y", "y_pred"]].mean()
-        for area, tiles in areas.items() or {"": None}.items():
-            here = test if tiles is None else tiles.merge(test, on="tile_id")
-            if here.empty:
-                continue
-            panel: Json = {"indicator": indicator, "area": area, "space": SPACE_NAMES.get(space, space), "maps": {}}
-            if tiles is not None:
-                for name, figure in plots.tile_maps(tiles, here).items():
-                    panel["maps"][name] = f"panel-{len(panels)}-{name}"
-                    figures[panel["maps"][name]] = figure
-            panel["scatter"] = f"panel-{len(panels)}-scatter"
-            figures[panel["scatter"]] = plots.truth_scatter(here, space)
-            panels.append(panel)
-    return panels
-
-
-def _map_areas(tiles: Dataset) -> dict[str, pd.DataFrame]:
-    """Tiles with coordinates, as one area, or one per region where regions lie far apart (cities of a country)."""
-    columns = ["tile_id", "region", "lon", "lat", "west", "south", "east", "north"]
-    frame = tiles.read(columns=columns).to_pandas().dropna(subset=["lon", "lat"])
-    if frame.empty:
-        return {}
-    spans = frame.groupby("region")[["lon", "lat"]].agg(np.ptp)
-    if 1 < len(spans) <= MOST_MAP_AREAS and spans.prod(axis=1).sum() < 0.25 * np.ptp(frame["lon"]) * np.ptp(frame["lat"]):
-        return {str(region): rows for region, rows in frame.groupby("region")}
-    return {"": frame}
-
-
 def _training(datasets: Mapping[str, Dataset], figures: dict[str, plots.Figure]) -> Json | None:
     if "pretrain" not in datasets:
         return None
@@ -261,74 +260,30 @@ def _training(datasets: Mapping[str, Dataset], figures: dict[str, plots.Figure])
 
 
 def _retrieval_rows(parts: list[Json]) -> list[Json]:
-    return [
-        {
-            "part": part["part"],
-            "direction": direction.replace("_", " "),
-            "size": f"{part['num_images']:,} images, {part['num_texts']:,} texts",
-            "recalls": [(_percent(part[direction][f"r{k}"]), _percent(part["chance"][direction][f"r{k}"])) for k in (1, 5, 10)],
-        }
-        for part in sorted(parts, key=lambda part: part["part"] != "test")
-        for direction in ("image_to_text", "text_to_image")
-    ]
+    rows = []
+    for part in sorted(parts, key=lambda part: part["part"] != "test"):
+        texts = f"{part['num_texts']:,} texts, {part['num_different_texts']:,} of them different"
+        for direction in ("image_to_text", "text_to_image"):
+            found, equal = part[direction], part["equal_texts"][direction]
+            rows.append(
+                {
+                    "part": part["part"],
+                    "direction": direction.replace("_", " "),
+                    "size": f"{part['num_images']:,} images, {texts}",
+                    "recalls": [
+                        {
+                            "own": _percent(found[f"r{k}"]),
+                            "equal": _percent(equal[f"r{k}"]),
+                            "chance": _percent(part["chance"][direction][f"r{k}"]),
+                        }
+                        for k in (1, 5, 10)
+                    ],
+                    "ranks": f"{found['median_rank']:g} and {found['mean_rank']:.1f}",
+                    "equal_ranks": f"{equal['median_rank']:g} and {equal['mean_rank']:.1f}",
+                }
+            )
+    return rows
 
 
 def _percent(share: float | None) -> str:
     return "–" if share is None else f"{share:.1%}"
-
-
-# --- tiles and their sentences
-
-
-def _gallery(datasets: Mapping[str, Dataset], outer: str) -> list[Json]:
-    """A seeded choice of tiles with their kept and rejected sentences; a few with rejects are preferred."""
-    if "pairs" not in datasets:
-        return []
-    pairs = datasets["pairs"].read().to_pylist()
-    order = [pairs[index] for index in np.random.default_rng(0).permutation(len(pairs))]
-    chosen = [row for row in order if row["rejected"]][:NUM_TILES_WITH_REJECTS]
-    taken = {row["tile_id"] for row in chosen}
-    chosen += [row for row in order if row["tile_id"] not in taken][: NUM_TILES_SHOWN - len(chosen)]
-    ids = [row["tile_id"] for row in chosen]
-    tiles = datasets["tiles"].read(columns=["tile_id", "image", "error"], filters=[("tile_id", "in", ids)])
-    images = {row["tile_id"]: row for row in tiles.to_pylist()}
-    parts = _parts(datasets["splits"], outer, ids)
-    return [
-        {
-            "tile_id": row["tile_id"],
-            "part": parts.get(row["tile_id"], ""),
-            "image": _thumbnail(images.get(row["tile_id"])),
-            "kept": [_shorten(text) for text in row["texts"][:NUM_SENTENCES_SHOWN]],
-            "rejected": [
-                {"text": _shorten(item["text"]), "reason": item["reason"]} for item in row["rejected"][:NUM_SENTENCES_SHOWN]
-            ],
-            "num_more": sum(max(0, len(texts) - NUM_SENTENCES_SHOWN) for texts in (row["texts"], row["rejected"])),
-        }
-        for row in sorted(chosen, key=lambda row: str(row["tile_id"]))
-    ]
-
-
-def _parts(splits: Dataset, outer: str, ids: list[str]) -> dict[str, str]:
-    """Part of each tile in the outer split's first draw."""
-    filters = [("split", "=", outer), ("tile_id", "in", ids)]
-    rows = splits.read(columns=["tile_id", "seed", "part"], filters=filters).to_pylist()
-    return {row["tile_id"]: row["part"] for row in sorted(rows, key=lambda row: -row["seed"])}
-
-
-def _thumbnail(tile: Json | None) -> str | None:
-    """A data URI of the re-encoded image, so that no foreign bytes enter the page; None for an unusable tile."""
-    if tile is None or tile["image"] is None or tile["error"] is not None:
-        return None
-    try:
-        image = imagery.decode(tile["image"])
-    except imagery.TileImageError:  # stricter limits than those of the ingest; the card says that it is not shown
-        return None
-    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _shorten(text: str | None) -> str:
-    text = text or "(empty)"
-    return text if len(text) <= NUM_CHARACTERS_SHOWN else text[:NUM_CHARACTERS_SHOWN] + "…"

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import io
+import csv
 import json
 import re
 from html.parser import HTMLParser
@@ -8,239 +8,28 @@ from html.parser import HTMLParser
 import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image
+from report_data import (
+    HOSTILE,
+    HOSTILE_PROMPT,
+    HOSTILE_TILE,
+    INDICATORS,
+    MEANS,
+    METHODS,
+    make,
+    make_run,
+    make_scores,
+    make_tiles,
+    paired,
+    world_config,
+)
 
 from urbanclip_ray import storage
-from urbanclip_ray.config import SOURCE_KINDS, RunConfig, WorldSource
+from urbanclip_ray.config import SOURCE_KINDS, ReportConfig, RunConfig
 from urbanclip_ray.evaluate import plots
 from urbanclip_ray.evaluate.findings import finding, score_table
 from urbanclip_ray.evaluate.report import SOURCE_NAMES, write_report
 from urbanclip_ray.overrides import build_config
-from urbanclip_ray.schema import CAPTIONS, PAIRS, PREDICTIONS, SPLITS, TILES, embeddings_schema
-from urbanclip_ray.storage import Dataset, open_dataset, publish
-
-HOSTILE = ("<script>alert(1)</script>", '"></script><img src=http://evil.example/x onerror=alert(2)>')
-HOSTILE_TILE = "<b>tile</b>&</script>"
-INDICATORS = ("log_population", "<i>places</i>")
-METHODS = ("pretrained", "pretrained_mlp", "untrained", "untrained_mlp", "colour", "coordinates", "mean")
-NUM_DRAWS = 4
-
-
-def make(root, stage, tables=(), files=(), *, rejects=None, unit="tiles", rows_out=0) -> Dataset:
-    uri = storage.join(str(root), stage)
-    rejects = rejects or {}
-    with publish(uri, stage, {}, {}) as publication:
-        for table in tables:
-            publication.write_table(table)
-            rows_out = table.num_rows
-        for name, content in files:
-            publication.write_file(name, json.dumps(content).encode())
-        publication.count(unit=unit, rows_in=rows_out + sum(rejects.values()), rows_out=rows_out, rejects=rejects)
-    return open_dataset(uri)
-
-
-def jpeg(generator) -> bytes:
-    smooth = Image.fromarray(generator.integers(30, 200, (4, 4, 3), dtype=np.uint8)).resize((54, 54), Image.BICUBIC)
-    buffer = io.BytesIO()
-    smooth.save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def make_tiles(root, num_tiles, *, located=True, regions=("west", "east")) -> tuple[Dataset, list[dict]]:
-    generator = np.random.default_rng(1)
-    rows = []
-    side = int(np.ceil(num_tiles**0.5))
-    for index in range(num_tiles):
-        lon, lat = 10 + 0.1 * (index % side), 50 + 0.07 * (index // side)
-        box = {
-            "lon": lon,
-            "lat": lat,
-            "west": lon - 0.05,
-            "east": lon + 0.05,
-            "south": lat - 0.035,
-            "north": lat + 0.035,
-        }
-        rows.append(
-            {
-                "tile_id": f"world/{index:04d}" if index else HOSTILE_TILE,
-                "region": regions[index % len(regions)],
-                "image": jpeg(generator),
-                "sha256": "0" * 64,
-                "width": 54,
-                "height": 54,
-                **(box if located else dict.fromkeys(box)),
-                "scheme": "none",
-                "group": None,
-                "error": None,
-            }
-        )
-    rows[1] |= {"image": b"broken", "error": "not an image"}
-    table = pa.Table.from_pylist(rows, schema=TILES)
-    return make(root, "tiles", [table], rejects={"not an image": 2}), rows
-
-
-def make_splits(root, rows) -> Dataset:
-    parts = {row["tile_id"]: ("test", "train", "val", "train", "train")[index % 5] for index, row in enumerate(rows)}
-    table = pa.Table.from_pylist(
-        [
-            {"tile_id": tile_id, "split": split, "seed": seed, "fold": 0, "part": part}
-            for split in ("blocks", "random")
-            for seed in range(NUM_DRAWS)
-            for tile_id, part in parts.items()
-        ],
-        schema=SPLITS,
-    )
-    return make(root, "splits", [table])
-
-
-def make_scores(means, *, indicators=INDICATORS, null_methods=()) -> dict:
-    """scores.json with R² of `means` per method on blocks; random is 0.15 higher."""
-    probe = []
-    for indicator in indicators:
-        for split, gain in (("blocks", 0.0), ("random", 0.15)):
-            for method, mean in means.items():
-                for metric, value in (("r2", mean + gain), ("rmse", 1.2 - mean), ("mae", 0.9 - mean)):
-                    is_null = metric == "r2" and method in null_methods
-                    probe.append(
-                        {
-                            "indicator": indicator,
-                            "method": method,
-                            "split": split,
-                            "metric": metric,
-                            "space": "log1p",
-                            "mean": None if is_null else value,
-                            "std": None if is_null else 0.02,
-                            "seeds": NUM_DRAWS,
-                            "num_test": 60,
-                        }
-                    )
-    return {"probe": probe, "paired": [], "transductive": ["random"], "outer": "blocks"}
-
-
-def paired(indicator, mean, margin=0.05, **changes) -> dict:
-    return {
-        "indicator": indicator,
-        "split": "blocks",
-        "method": "pretrained",
-        "against": "untrained",
-        "metric": "r2",
-        "mean": mean,
-        "low": mean - margin,
-        "high": mean + margin,
-        "low_tiles": mean - margin,
-        "high_tiles": mean + margin,
-        "draws": NUM_DRAWS,
-        "num_positive": NUM_DRAWS if mean > 0 else 0,
-        **changes,
-    }
-
-
-MEANS = dict(zip(METHODS, (0.52, 0.49, 0.41, 0.38, 0.47, 0.58, -0.02), strict=True))
-
-
-def make_probe(root, rows, scores, *, indicators=INDICATORS) -> Dataset:
-    generator = np.random.default_rng(2)
-    predictions = []
-    for indicator in indicators:
-        for index, row in enumerate(rows[::5]):
-            truth = 6 + 2 * np.sin(index / 5) + generator.normal(0, 0.4)
-            for seed in range(NUM_DRAWS):
-                predictions += [
-                    {
-                        "tile_id": row["tile_id"],
-                        "indicator": indicator,
-                        "method": method,
-                        "split": split,
-                        "fold": 0,
-                        "seed": seed,
-                        "y": truth,
-                        "y_pred": 6 + 0.6 * (truth - 6) + generator.normal(0, 0.5),
-                        "space": "log1p",
-                    }
-                    for method in ("pretrained", "untrained")
-                    for split in ("blocks", "random")
-                ]
-    table = pa.Table.from_pylist(predictions, schema=PREDICTIONS)
-    return make(root, "probe", [table], [("scores.json", scores)], unit="predictions", rejects={"no value": 3})
-
-
-def make_text(root, rows) -> dict[str, Dataset]:
-    captions, pairs = [], []
-    for index, row in enumerate(rows):
-        texts = [f"Dark green forest covers {10 + index % 80} percent of the tile.", "A river runs through it."]
-        rejected = [{"text": "Short.", "reason": "too short"}] * (index % 7 == 0)
-        if index == 0:
-            texts, rejected = list(HOSTILE), [{"text": text, "reason": text} for text in HOSTILE]
-        pairs.append({"tile_id": row["tile_id"], "texts": texts, "rejected": rejected})
-        caption = {"tile_id": row["tile_id"], "caption_key": f"{index:064x}", "text": " ".join(texts)}
-        captions.append(caption | {"model": "land_cover", "prompt": "", "error": None})
-    return {
-        "captions": make(root, "captions", [pa.Table.from_pylist(captions, schema=CAPTIONS)]),
-        "pairs": make(root, "pairs", [pa.Table.from_pylist(pairs, schema=PAIRS)], unit="sentences", rejects={HOSTILE[0]: 7}),
-    }
-
-
-def make_pretrain(root) -> Dataset:
-    steps = np.arange(1, 201)
-    train = [
-        {
-            "step": int(step),
-            "epoch": int(step) // 20,
-            "loss": float(8 * np.exp(-step / 90) + 1),
-            "contrastive": float(4 * np.exp(-step / 60) + 0.5),
-            "caption": float(4 * np.exp(-step / 120) + 0.5),
-            "lr": float(1e-3 * min(step / 20, np.cos((step - 20) / 180 * np.pi / 2))),
-            "logit_scale": 14.0,
-            "samples_per_s": 210.0,
-        }
-        for step in steps
-    ]
-    validation = []
-    for step in steps[39::40]:
-        row = {"step": int(step), "epoch": int(step) // 20, "contrastive": 2.0, "caption": 1.5}
-        for direction in ("image_to_text", "text_to_image"):
-            row |= {f"{direction}_r{k}": float(min(1, 0.02 * k * step / 60)) for k in (1, 5, 10)}
-        validation.append(row | {"num_images": 120, "num_texts": 500})
-    return make(root, "pretrain", [], [("history.json", {"train": train, "validation": validation})], unit="steps")
-
-
-def make_retrieval(root) -> Dataset:
-    chance = {"r1": 0.008, "r5": 0.04, "r10": 0.08}
-    found = {"r1": 0.125, "r5": 0.4, "r10": 0.6}
-    parts = [
-        {
-            "part": part,
-            "num_images": 120,
-            "num_texts": 500,
-            "image_to_text": found,
-            "text_to_image": found,
-            "chance": {"image_to_text": chance, "text_to_image": chance},
-        }
-        for part in ("val", "test")
-    ]
-    return make(root, "retrieval", [], [("retrieval.json", parts)])
-
-
-def make_embeddings(root, rows) -> Dataset:
-    vectors = [{"tile_id": row["tile_id"], "embedding": [0.0, 1.0], "weights": "1a2b3c4d5e6f7788" * 4} for row in rows]
-    return make(root, "embeddings", [pa.Table.from_pylist(vectors, schema=embeddings_schema(2))])
-
-
-def world_config() -> RunConfig:
-    return RunConfig(run="world-demo", source=WorldSource())
-
-
-def make_run(root, *, num_tiles=40, scores=None, located=True, complete=True, regions=("west", "east")):
-    tiles, rows = make_tiles(root, num_tiles, located=located, regions=regions)
-    if scores is None:
-        scores = make_scores(MEANS)
-        scores["paired"] = [paired(INDICATORS[0], 0.11), paired(INDICATORS[1], 0.02)]
-    datasets = {"tiles": tiles, "splits": make_splits(root, rows), "probe": make_probe(root, rows, scores)}
-    if complete:
-        datasets |= make_text(root, rows)
-        datasets |= {"pretrain": make_pretrain(root), "retrieval": make_retrieval(root)}
-        datasets |= {"embeddings": make_embeddings(root, rows)}
-    return datasets, scores
+from urbanclip_ray.schema import TILES
 
 
 class Page(HTMLParser):
@@ -288,6 +77,10 @@ def figures_of(page: Page) -> dict:
     return json.loads(page.scripts[1])
 
 
+def maps_of(page: Page) -> dict:
+    return json.loads(page.scripts[2])
+
+
 def test_json_repeats_the_scores_and_names_every_dataset(complete):
     datasets, scores, record, _ = complete
     for key in ("probe", "paired", "transductive", "outer"):
@@ -314,14 +107,15 @@ def test_page_fetches_nothing(complete):
 
 def test_hostile_data_stays_text(complete):
     page = complete[3]
-    assert len(page.scripts) == 3  # plotly, the figures, ours
+    assert len(page.scripts) == 5  # plotly, the figures, the maps, ours, one sheet of thumbnails
     assert not [attrs for _, attrs in page.elements if any(name.startswith("on") for name in attrs)]
-    assert not [tag for tag, _ in page.elements if tag in ("b", "i")]
-    for text in (*HOSTILE, HOSTILE_TILE, INDICATORS[1]):
+    assert not [tag for tag, attrs in page.elements if tag == "b" or (tag == "i" and "style" not in attrs)]
+    for text in (*HOSTILE, HOSTILE_TILE, INDICATORS[1], HOSTILE_PROMPT):
         assert text in page.text
-    hovers = [text for figure in figures_of(page).values() for trace in figure["data"] for text in trace.get("text", ())]
-    assert "&lt;b&gt;tile&lt;/b&gt;&amp;&lt;/script&gt;" in hovers
-    assert not [text for text in hovers if "<" in text]
+    assert HOSTILE_TILE in maps_of(page)["tiles"]["ids"]  # the page sets it as text
+    plotted = json.dumps(figures_of(page))
+    assert not re.search(r"<(?!extra>)\w", plotted), "plotly would render it"
+    assert re.fullmatch(r"[A-Za-z0-9+/=]+", page.scripts[4])
 
 
 def test_sections_come_in_order_and_say_what_was_done(complete):
@@ -330,9 +124,14 @@ def test_sections_come_in_order_and_say_what_was_done(complete):
         "world-demo",
         "pretraining helps",
         "no clear difference",
+        "Leaderboard",
+        "the test scores that are compared must not choose it",
         "Transductive: test tiles of this split were seen in pretraining; neighbours leak.",
         "Truth, prediction and residual",
+        "Tiles are shown under the pointer in 48 px",
+        "Where train and test lie",
         "Retrieval with the final weights",
+        "Searching by text",
         "Tiles and their sentences",
         "too short",
         "What went in and out",
@@ -353,7 +152,37 @@ def test_every_plot_of_the_page_has_its_figure_with_data(complete):
     figures = figures_of(page)
     assert sorted(placed) == sorted(figures)
     assert all(figure["data"] for figure in figures.values())
-    assert {"panel-0-truth", "panel-1-residual", "losses", "recall-image_to_text"} <= set(figures)
+    assert {"scatter-0", "scatter-1", "losses", "recall-image_to_text"} <= set(figures)
+    drawn = [
+        (attrs["data-kind"], attrs.get("data-panel")) for tag, attrs in page.elements if tag == "canvas" and "class" in attrs
+    ]
+    kinds = ("truth", "prediction", "residual")
+    assert drawn == [(kind, panel) for panel in ("0", "1") for kind in kinds] + [("split", None)]
+
+
+def test_maps_have_every_tile_its_part_and_its_picture(complete):
+    datasets, maps = complete[0], maps_of(complete[3])
+    tiles = datasets["tiles"].read(["tile_id", "lon", "error"]).to_pylist()
+    (area,) = maps["areas"]
+    assert [maps["tiles"]["ids"][at] for at in area["tile"]] == [tile["tile_id"] for tile in tiles]
+    assert area["lon"] == pytest.approx([tile["lon"] for tile in tiles])
+    assert area["parts"]["blocks"] == "".join("etvtt"[index % 5] for index in range(40))
+    pictures = dict(zip(maps["tiles"]["ids"], maps["tiles"]["thumb"], strict=True))
+    assert pictures.pop(tiles[1]["tile_id"]) == -1  # it has no image
+    assert sorted(pictures.values()) == list(range(39))
+
+
+def test_panels_have_the_mean_prediction_of_every_test_tile(complete):
+    datasets, maps = complete[0], maps_of(complete[3])
+    rows = datasets["probe"].read().to_pandas()
+    rows = rows[(rows["method"] == "pretrained") & (rows["split"] == "blocks") & (rows["indicator"] == INDICATORS[1])]
+    wanted = rows.groupby("tile_id")[["y", "y_pred"]].mean()
+    panel = maps["panels"][1]
+    ids = [maps["tiles"]["ids"][at] for at in panel["tile"]]
+    assert ids == [maps["tiles"]["ids"][maps["areas"][0]["tile"][at]] for at in panel["at"]]
+    assert panel["y_pred"] == pytest.approx(wanted.loc[ids, "y_pred"].tolist(), rel=1e-4)
+    assert panel["y"] == pytest.approx(wanted.loc[ids, "y"].tolist(), rel=1e-4)
+    assert panel["low"] < panel["high"]
 
 
 def test_table_headers_have_a_scope_and_the_best_is_bold(complete):
@@ -370,7 +199,9 @@ def test_a_run_that_only_probes_leaves_out_the_rest(tmp_path):
     datasets, _ = make_run(tmp_path, located=False, complete=False)
     record, page = render(tmp_path, RunConfig(), datasets)
     assert record["retrieval"] is None
-    assert {name.rsplit("-", 1)[-1] for name in figures_of(page)} == {"0", "1", "scatter"}
+    assert set(figures_of(page)) == {"dots-0", "dots-1", "scatter-0", "scatter-1"}
+    assert maps_of(page)["areas"] == []
+    assert len(maps_of(page)["panels"][0]["tile"]) == 8  # hovering over the scatter still shows the tile
     for text in ("Pretraining\n", "Tiles and their sentences", "rule-based", "not city imagery", "described by"):
         assert text not in page.text
 
@@ -418,21 +249,12 @@ def test_cities_far_apart_get_a_map_each(tmp_path):
         row["lon"] += 30 * (index >= 20)
     datasets["tiles"] = make(tmp_path / "far", "tiles", [pa.Table.from_pylist(rows, schema=TILES)])
     _, page = render(tmp_path, RunConfig(), datasets)
-    options = [attrs for tag, attrs in page.elements if tag == "option"]
-    assert len(options) == 4
-    latitudes = figures_of(page)["panel-0-truth"]["layout"]["yaxis"]["range"]
-    assert latitudes[1] - latitudes[0] < 2
-
-
-def test_maps_share_a_scale_and_residuals_are_centred(complete):
-    figures = figures_of(complete[3])
-    truth, prediction, residual = (
-        figures[f"panel-0-{name}"]["data"][1]["marker"] for name in ("truth", "prediction", "residual")
-    )
-    assert (truth["cmin"], truth["cmax"]) == (prediction["cmin"], prediction["cmax"])
-    assert residual["cmin"] == -residual["cmax"]
-    vertical = figures["panel-0-truth"]["layout"]["yaxis"]
-    assert vertical["scaleratio"] == pytest.approx(1 / np.cos(np.radians(np.mean(vertical["range"]))))
+    maps = maps_of(page)
+    assert [panel["tile"] == [] for panel in maps["panels"]] == [False] * 4
+    for area in maps["areas"]:
+        _, south, _, north = area["box"]
+        assert north - south < 2
+        assert area["stretch"] == pytest.approx(1 / np.cos(np.radians((south + north) / 2)))
 
 
 def test_a_failed_fit_is_an_arrow_at_the_edge():
@@ -450,3 +272,76 @@ def test_missing_stages_are_named(tmp_path):
 
 def test_every_kind_of_source_has_a_name():
     assert set(SOURCE_NAMES) == set(SOURCE_KINDS)
+
+
+def test_scores_are_in_csv_files_without_formulas(tmp_path):
+    indicators = ("=1+1", "@gdp")
+    datasets, scores = make_run(tmp_path, scores=make_scores(MEANS, indicators=indicators), complete=False)
+    render(tmp_path, RunConfig(), datasets)
+    folder = storage.join(str(tmp_path), "report")
+    rows = list(csv.DictReader(storage.read_bytes(storage.join(folder, "scores.csv")).decode().splitlines()))
+    assert len(rows) == len(scores["probe"])
+    assert [row["method"] for row in rows] == [row["method"] for row in scores["probe"]]
+    assert [float(row["mean"]) for row in rows] == pytest.approx([row["mean"] for row in scores["probe"]])
+    assert {row["indicator"] for row in rows} == {"'=1+1", "'@gdp"}
+    board = list(csv.DictReader(storage.read_bytes(storage.join(folder, "leaderboard.csv")).decode().splitlines()))
+    assert len(board) == 2 * 2 * len(MEANS)
+    assert {row["against"] for row in board if row["method"] == "coordinates"} == {""}
+
+
+def test_fields_that_newer_scores_bring_are_shown(tmp_path):
+    """Intervals, validation scores, folds and cities; and the arms of an experiment, whose names are hostile."""
+    scores = make_scores(MEANS)
+    for row in scores["probe"]:
+        row |= {"low": row["mean"] - 0.03, "high": row["mean"] + 0.03, "validation": row["mean"] / 2}
+    scores["paired"] = [
+        paired(indicator, -0.1) | {"split": split, "method": method, "against": "coordinates"}
+        for indicator in INDICATORS
+        for split in ("blocks", "random")
+        for method in ("pretrained", "pretrained_mlp")
+    ]
+    some = scores["probe"][0]
+    scores["folds"] = [some | {"split": "transfer", "name": f"{HOSTILE[0]} → Guangzhou"}]
+    scores["cities"] = [some | {"city": "<b>Beijing</b>", "fit": "pooled"}]
+    experiment = tmp_path / "experiment.json"
+    experiment.write_text(
+        json.dumps([{"arm": HOSTILE[1], "indicator": "gdp", "mean": 0.123, "low": 0.1, "high": 0.15, "seeds": 3}])
+    )
+    datasets, _ = make_run(tmp_path, scores=scores, complete=False)
+    config = RunConfig(report=ReportConfig(experiment=str(experiment)))
+    record, page = render(tmp_path, config, datasets)
+    assert len(page.scripts) == 5
+    for text in (
+        "draws [0.490, 0.550]",
+        "baseline that has the best validation score",
+        "coordinates only for log_population",
+        "▼",
+    ):
+        assert text in page.text
+    for text in ("Ablations", HOSTILE[1], "[0.100, 0.150] 3 seeds", "Transfer between cities", HOSTILE[0], "City by city"):
+        assert text in page.text
+    assert "<b>Beijing</b>" in page.text
+    assert {row["verdict"] for row in record["leaderboard"] if not row["baseline"]} == {"worse"}
+    assert {row["chosen_by"] for row in record["leaderboard"] if not row["baseline"]} == {"validation"}
+
+
+def test_tiles_beyond_the_cap_have_no_picture_and_the_page_says_so(tmp_path):
+    datasets, _ = make_run(tmp_path, complete=False)
+    _, page = render(tmp_path, RunConfig(report=ReportConfig(max_thumbnails=9)), datasets)
+    assert "to bound this page, 9 of 39 tiles have a picture" in page.text
+    assert sorted(place for place in maps_of(page)["tiles"]["thumb"] if place >= 0) == list(range(9))
+    _, page = render(tmp_path, RunConfig(report=ReportConfig(max_thumbnails=0)), datasets)
+    assert "No tile is shown under the pointer." in page.text
+    assert len(page.scripts) == 4
+
+
+def test_a_scatter_of_many_tiles_is_a_choice_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "MOST_POINTS", 5)
+    datasets, _ = make_run(tmp_path, complete=False)
+    _, page = render(tmp_path, RunConfig(), datasets)
+    assert "A seeded choice of 5 of 8 tiles." in page.text
+    points = figures_of(page)["scatter-0"]["data"][1]
+    panel = maps_of(page)["panels"][0]
+    assert len(points["x"]) == 5
+    assert points["x"] == [panel["y"][row] for row in points["customdata"]]
+    assert points["y"] == [panel["y_pred"][row] for row in points["customdata"]]

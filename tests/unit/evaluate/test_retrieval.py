@@ -96,12 +96,16 @@ def expected(part: str, weights: str, vectors: dict[str, np.ndarray], text_mode:
     with torch.inference_mode():
         embedded = loaded.model.encode_text(loaded.tokenizer.encode([text for _, text in texts]))[0]
     owner = torch.tensor([at for at, _ in texts])
+    names = sorted({text for _, text in texts})
+    same_text = torch.tensor([names.index(text) for _, text in texts])
     image = torch.from_numpy(np.stack([vectors[name] for name in ids]))
     return {
         "part": part,
         "num_images": len(ids),
         "num_texts": len(texts),
+        "num_different_texts": len(names),
         **recall_at_k(image, embedded, owner),
+        "equal_texts": recall_at_k(image, embedded, owner, same_text),
         "chance": chance_recall(owner, len(ids)),
     }
 
@@ -116,6 +120,8 @@ def test_both_held_out_parts_are_judged_against_all_their_own_texts(text_mode, w
         assert result.keys() == reference.keys()
         for direction in ("image_to_text", "text_to_image"):
             assert result[direction] == pytest.approx(reference[direction])
+            assert result["equal_texts"][direction] == pytest.approx(reference["equal_texts"][direction])
+            assert result["equal_texts"][direction]["r1"] >= result[direction]["r1"]
             assert result["chance"][direction] == pytest.approx(reference["chance"][direction])
         assert (result["num_images"], result["num_texts"]) == (reference["num_images"], reference["num_texts"])
         assert result["text_to_image"]["r5"] > result["chance"]["text_to_image"]["r5"]  # the vectors know something

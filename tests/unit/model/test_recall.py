@@ -19,9 +19,12 @@ def test_a_case_by_hand():
     text[5] = torch.linspace(12, 1, 12)  # its own is the sixth
     text[5] /= text[5].norm()
     found = recall_at_k(image, text, owner)
-    assert found["text_to_image"] == pytest.approx({"r1": 10 / 12, "r5": 11 / 12, "r10": 1.0})
+    mean_rank = (10 * 1 + 2 + 6) / 12
+    shares = {"r1": 10 / 12, "r5": 11 / 12, "r10": 1.0}
+    assert found["text_to_image"] == pytest.approx(shares | {"median_rank": 1.0, "mean_rank": mean_rank})
     # image 0: text 0 (0.6) before text 5 (0.47); image 5: only text 5 has anything there
-    assert found["image_to_text"] == pytest.approx({"r1": 1.0, "r5": 1.0, "r10": 1.0})
+    shares = {"r1": 1.0, "r5": 1.0, "r10": 1.0}
+    assert found["image_to_text"] == pytest.approx(shares | {"median_rank": 1.0, "mean_rank": 1.0})
 
 
 def test_an_image_is_found_by_any_of_its_texts_and_twins_are_misses():
@@ -37,7 +40,49 @@ def test_an_image_is_found_by_any_of_its_texts_and_twins_are_misses():
 
 def test_galleries_smaller_than_k_are_found_whole():
     found = recall_at_k(torch.eye(2), torch.eye(2).flip(0), torch.arange(2))
-    assert found["image_to_text"] == {"r1": 0.0, "r5": 1.0, "r10": 1.0}
+    assert found["image_to_text"] == {"r1": 0.0, "r5": 1.0, "r10": 1.0, "median_rank": 2.0, "mean_rank": 2.0}
+
+
+def test_the_twin_of_a_text_is_a_miss_unless_equal_texts_count():
+    """Two tiles with one caption, whose images lie at different distances from it."""
+    image = torch.tensor([[1.0, 0], [0.8, 0.6], [0, 1.0]])
+    text = torch.tensor([[1.0, 0], [1.0, 0], [0, 1.0]])
+    owner, same_text = torch.arange(3), torch.tensor([7, 7, 2])
+    strict = recall_at_k(image, text, owner)
+    assert strict["text_to_image"] | {"r5": 1.0} == pytest.approx(
+        {"r1": 2 / 3, "r5": 1.0, "r10": 1.0, "median_rank": 1.0, "mean_rank": 4 / 3}
+    )
+    assert strict["image_to_text"]["mean_rank"] == pytest.approx((1.5 + 1.5 + 1) / 3)  # one of two equal texts is its own
+    fair = recall_at_k(image, text, owner, same_text)
+    assert fair["text_to_image"]["r1"] == fair["image_to_text"]["r1"] == 1.0
+    assert fair["image_to_text"]["mean_rank"] == 1.0
+
+
+@pytest.mark.parametrize("with_twins", [False, True])
+def test_ranks_are_those_of_a_sorted_gallery(with_twins):
+    random = torch.Generator().manual_seed(1)
+    normal = torch.nn.functional.normalize
+    image, text = (normal(torch.randn(rows, 6, generator=random), dim=1) for rows in (40, 130))
+    owner, same_text = (torch.randint(most, (130,), generator=random) for most in (38, 60))  # two images have no text
+    found = recall_at_k(image, text, owner, same_text if with_twins else None)
+    own = [set(same_text[owner == at].tolist()) for at in range(40)]
+    for name, queries, gallery in (("image_to_text", image, text), ("text_to_image", text, image)):
+        ranks = []
+        for at in range(len(queries)):
+            order = (gallery @ queries[at]).argsort(descending=True).tolist()
+            if name == "image_to_text":
+                true = [(int(same_text[i]) in own[at]) if with_twins else int(owner[i]) == at for i in order]
+            else:
+                true = [(int(same_text[at]) in own[i]) if with_twins else int(owner[at]) == i for i in order]
+            ranks.append(1 + true.index(True) if True in true else 1 + len(gallery))
+        assert found[name]["mean_rank"] == pytest.approx(np.mean(ranks))
+        assert found[name]["median_rank"] == pytest.approx(np.median(ranks))
+        assert found[name]["r5"] == pytest.approx(np.mean(np.array(ranks) <= 5))
+
+
+def test_an_image_without_a_text_ranks_behind_the_gallery():
+    found = recall_at_k(torch.eye(2), torch.eye(2)[:1], torch.tensor([0]))
+    assert found["image_to_text"] == {"r1": 0.5, "r5": 0.5, "r10": 0.5, "median_rank": 1.5, "mean_rank": 1.5}
 
 
 def test_chunks_of_queries_do_not_change_the_figures(monkeypatch):
