@@ -17,7 +17,7 @@ from urbanclip_ray.config.data import (
     SplitConfig,
     SplitKind,
 )
-from urbanclip_ray.config.evaluation import EmbedConfig, Method, ProbeConfig
+from urbanclip_ray.config.evaluation import NO_WEIGHTS, BaselineName, BaselinesConfig, EmbedConfig, Features, Method, ProbeConfig
 from urbanclip_ray.config.run import RunConfig
 from urbanclip_ray.config.search import Domain, TuneConfig
 from urbanclip_ray.config.section import ConfigError, Section
@@ -26,13 +26,17 @@ from urbanclip_ray.config.stores import StoreConfig
 from urbanclip_ray.config.training import AugmentConfig, ModelConfig, ResourcesConfig, StepCut, TrainConfig
 
 __all__ = [
+    "NO_WEIGHTS",
     "SOURCE_KINDS",
     "AugmentConfig",
+    "BaselineName",
+    "BaselinesConfig",
     "CaptionConfig",
     "ConfigError",
     "DecodingConfig",
     "Domain",
     "EmbedConfig",
+    "Features",
     "FolderSource",
     "IngestConfig",
     "Method",

@@ -8,7 +8,7 @@ from typing import Any, Self
 from pydantic import field_validator, model_validator
 
 from urbanclip_ray.config.data import CaptionConfig, IngestConfig, PackConfig, PixelsConfig, RefineConfig, SplitConfig
-from urbanclip_ray.config.evaluation import EmbedConfig, ProbeConfig
+from urbanclip_ray.config.evaluation import BaselinesConfig, EmbedConfig, ProbeConfig
 from urbanclip_ray.config.search import TuneConfig, check_searched
 from urbanclip_ray.config.section import Section, execution
 from urbanclip_ray.config.sources import FolderSource, SourceConfig
@@ -32,6 +32,7 @@ class RunConfig(Section):
     pack: PackConfig = PackConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
+    baselines: BaselinesConfig = BaselinesConfig()
     embed: EmbedConfig = EmbedConfig()
     probe: ProbeConfig = ProbeConfig()
     tune: TuneConfig = TuneConfig()
