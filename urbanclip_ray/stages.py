@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from urbanclip_ray.captioners.model_files import ModelReference, is_directory, resolve_model
-from urbanclip_ray.config import ConfigError, RunConfig, UrbanClipSource, WorldSource
+from urbanclip_ray.config import NO_WEIGHTS, ConfigError, RunConfig, UrbanClipSource, WorldSource
 from urbanclip_ray.filesystems import use_stores
 from urbanclip_ray.sources import open_source
 from urbanclip_ray.storage import Dataset, Publication, absolute, exists, find_dataset, join, read_bytes
@@ -28,6 +28,7 @@ class Run:
         use_stores(config.stores)
         self.config = _with_absolute_paths(config)
         self.datasets: dict[str, Dataset] = {}
+        self.baseline_tasks: dict[str, Any] = {}  # baselines whose training has been started, by name
 
     @cached_property
     def source(self) -> Any:
@@ -40,6 +41,10 @@ class Run:
     @property
     def pretrains(self) -> bool:
         return not self.config.embed.weights
+
+    @property
+    def has_pretrained(self) -> bool:
+        return self.config.embed.weights != NO_WEIGHTS
 
     @property
     def uri(self) -> str:
@@ -71,6 +76,19 @@ class Run:
 
         return identify_start(self.config.model)
 
+    def encoder_uri(self, name: str) -> str:
+        """What is opened for the representation `name` of `embed.also`."""
+        from urbanclip_ray.evaluate.encoders import find_encoder
+
+        return find_encoder(self.config.embed.also[name])
+
+    @cached_property
+    def also_digests(self) -> dict[str, str]:
+        """What the weights of `embed.also` are, wherever they lie; those that cannot be loaded raise ConfigError here."""
+        from urbanclip_ray.evaluate.encoders import load_encoder
+
+        return {name: load_encoder(self.encoder_uri(name)).digest for name in self.config.embed.also}
+
     def weights_uri(self) -> str:
         return weights_folder(self.datasets["pretrain"]) if self.pretrains else self.given_weights
 
@@ -83,7 +101,9 @@ def list_places(config: RunConfig) -> dict[str, str]:
         "source.release": getattr(config.source, "release", ""),
         "caption.model": config.caption.model if is_directory(config.caption.model) else "",
         "model.pretrained": config.model.pretrained if config.model.pretrained_is_file else "",
-        "embed.weights": config.embed.weights,
+        "embed.weights": "" if config.embed.weights == NO_WEIGHTS else config.embed.weights,
+        "baselines.resnet18_weights": config.baselines.resnet18_weights,
+        **{f"embed.also.{name}": _split_place(uri)[1] for name, uri in config.embed.also.items()},
     }
     return {key: value for key, value in values.items() if value}
 
@@ -96,12 +116,35 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
         source = source.model_copy(update={"release": absolute(source.release)})
     if model.pretrained_is_file:
         model = model.model_copy(update={"pretrained": absolute(model.pretrained)})
-    embed = config.embed.model_copy(update={"weights": absolute(config.embed.weights)})
+    weights = config.embed.weights
+    also = {name: "".join((before, absolute(place), after)) for name, (before, place, after) in _split_places(config).items()}
+    embed = config.embed.model_copy(
+        update={"weights": weights if weights == NO_WEIGHTS else absolute(weights), "also": also}
+    )
+    start = config.baselines.resnet18_weights
+    baselines = config.baselines.model_copy(update={"resnet18_weights": absolute(start)})
     caption = config.caption
     if is_directory(caption.model):
         caption = caption.model_copy(update={"model": absolute(caption.model)})
     changed = {"storage": absolute(config.storage), "source": source, "model": model, "caption": caption, "embed": embed}
+    changed["baselines"] = baselines
     return config.model_copy(update=changed)
+
+
+def _split_places(config: RunConfig) -> dict[str, tuple[str, str, str]]:
+    return {name: _split_place(uri) for name, uri in config.embed.also.items()}
+
+
+def _split_place(uri: str) -> tuple[str, str, str]:
+    """`local-dir:` or `ARCHITECTURE@`, the place, and `#BASELINE` of an item of `embed.also`; each may be empty."""
+    before, after = "", ""
+    if uri.startswith("local-dir:"):
+        before, uri = "local-dir:", uri.removeprefix("local-dir:")
+    elif "@" in uri and "/" not in uri.partition("@")[0]:
+        before, _, uri = uri.partition("@")
+        return f"{before}@", uri, ""
+    uri, hash_mark, name = uri.partition("#")
+    return before, uri, f"{hash_mark}{name}"
 
 
 class Stage(NamedTuple):
@@ -193,19 +236,19 @@ def _pretrain(run: Run, publication: Publication) -> None:
     pretrain(run.config, run.datasets["shards"], publication)
 
 
-def _embed(run: Run, publication: Publication, untrained_seed: int | None) -> None:
+def _embeddings(run: Run, publication: Publication) -> None:
     from urbanclip_ray.evaluate.embed import embed_tiles
 
     config = run.config
-    embed_tiles(run.datasets["tiles"], run.weights_uri(), config.embed, config.pixels, publication, untrained_seed)
-
-
-def _embeddings(run: Run, publication: Publication) -> None:
-    _embed(run, publication, None)
+    embed_tiles(run.datasets["tiles"], run.weights_uri(), config.embed, config.pixels, publication)
 
 
 def _untrained(run: Run, publication: Publication) -> None:
-    _embed(run, publication, run.config.model.seed)
+    from urbanclip_ray.evaluate.embed import embed_tiles
+
+    config, seed = run.config, run.config.model.seed
+    tiles, features = run.datasets["tiles"], run.config.embed.features
+    embed_tiles(tiles, run.weights_uri(), config.embed, config.pixels, publication, seed, features)
 
 
 def _retrieval(run: Run, publication: Publication) -> None:
@@ -220,12 +263,11 @@ def _probe(run: Run, publication: Publication) -> None:
     from urbanclip_ray.evaluate.probe import probe
 
     config, made = run.config, run.datasets
-    embeddings = {"pretrained": made["embeddings"], "untrained": made["untrained"]}
     probe(
         made["labels"],
         made["splits"],
         made["tiles"],
-        embeddings,
+        representations(made),
         config.probe,
         config.pixels,
         publication,
@@ -233,13 +275,32 @@ def _probe(run: Run, publication: Publication) -> None:
     )
 
 
+def representations(made: Mapping[str, Dataset]) -> dict[str, Dataset]:
+    """The embeddings that a run has, by the name of what made them: pretrained, untrained, baselines, those of embed.also."""
+    found = {name: made[name] for name in ("untrained",) if name in made}
+    if "embeddings" in made:
+        found["pretrained"] = made.get("pretrained_features", made["embeddings"])
+    prefixes = ("baseline_", "also_")
+    return found | {
+        stage.removeprefix(prefix): dataset for stage, dataset in made.items() for prefix in prefixes if stage.startswith(prefix)
+    }
+
+
 def _pretrain_content(run: Run) -> dict[str, Any]:
     return run.config.pretrain_content() | ({"start": run.start} if run.config.model.pretrained else {})
 
 
-def _embed_content(run: Run) -> dict[str, Any]:
+def embed_content(run: Run, with_features: bool = True) -> dict[str, Any]:
+    """How tiles become vectors; texts are compared with the output alone, whatever `embed.features` asks for."""
+    embed = run.config.embed.content()
+    if not with_features or run.config.embed.features == "embedding":
+        del embed["features"]
+    return {"embed": embed, "pixels": run.config.pixels.content()}
+
+
+def pretrained_content(run: Run, with_features: bool = True) -> dict[str, Any]:
     weights = {} if run.pretrains else {"weights_digest": run.given_weights_digest}
-    return {"embed": run.config.embed.content(), "pixels": run.config.pixels.content()} | weights
+    return embed_content(run, with_features) | weights
 
 
 def _is_needed_for_probe(run: Run) -> bool:
@@ -293,14 +354,21 @@ STAGES: tuple[Stage, ...] = (
         _pretrain,
         lambda run: run.pretrains,
     ),
-    Stage("embeddings", "embed", ("tiles", "pretrain"), _embed_content, _embeddings, lambda _: True),
+    Stage(
+        "embeddings",
+        "embed",
+        ("tiles", "pretrain"),
+        lambda run: pretrained_content(run, with_features=False),
+        _embeddings,
+        lambda run: run.has_pretrained,
+    ),
     Stage(
         "untrained",
         "embed",
         ("tiles", "pretrain"),
-        lambda run: _embed_content(run) | {"untrained_seed": run.config.model.seed},
+        lambda run: pretrained_content(run) | {"untrained_seed": run.config.model.seed},
         _untrained,
-        _is_needed_for_probe,
+        lambda run: run.has_pretrained and run.has_labels,
     ),
     Stage(
         "retrieval",

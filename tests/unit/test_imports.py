@@ -16,7 +16,7 @@ PACKAGE = Path(urbanclip_ray.__file__).parent
 ROOT = PACKAGE.parent
 LIGHT = [
     *("", ".errors", ".remote_errors", ".config", ".overrides", ".recipes", ".schema", ".storage", ".command_line"),
-    *(".object_storage", ".filesystems", ".imagery", ".sources", ".stages", ".plan", ".search_space", ".geo.baidu"),
+    *(".object_storage", ".filesystems", ".imagery", ".sources", ".stages", ".representations", ".plan", ".search_space", ".geo.baidu"),
     *(".captioners.model_files", ".captioners.store", ".captioners.vision_language"),
 ]
 HEAVY = ("torch", "ray", "deepspeed", "open_clip", "transformers")
@@ -36,6 +36,7 @@ USES_RAY = {
     "urbanclip_ray.evaluate.probe",
     "urbanclip_ray.evaluate.retrieval",
     "urbanclip_ray.evaluate.baselines",
+    "urbanclip_ray.evaluate.trained.train",
     "urbanclip_ray.tune",
 }
 USES_DEEPSPEED = {"urbanclip_ray.train.engine", "urbanclip_ray.train.fragments"}

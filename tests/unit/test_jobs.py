@@ -56,7 +56,7 @@ def test_a_job_names_sections_and_stages_that_there_are(job):
     ((given, named),) = calls
     assert f"python jobs/{job.name} --recipe" in given[0]
     assert set(named["sections"]) <= set(RunConfig.model_fields)
-    known = {stage.name: stage.job for stage in STAGES} | {"report": "report", "search": "tune"}
+    known = {stage.name: stage.job for stage in STAGES} | {"embed": "embed", "baselines": "baselines", "report": "report", "search": "tune"}
     for stage in named["stages"] or []:
         assert known[stage] == job.stem  # the job that MissingDatasetError would send a user to
 
