@@ -59,7 +59,9 @@ def walk(config: RunConfig, only: Sequence[str] | None) -> tuple[Stage, ...]:
         return stages
     places = [place for place, stage in enumerate(stages) if is_asked_for(stage, only)]
     if not places:
-        raise ConfigError(f"this run has no stage of {', '.join(only)}: name baselines, for example baselines.names=[pca, simclr]")
+        raise ConfigError(
+            f"this run has no stage of {', '.join(only)}: name baselines, for example baselines.names=[pca, simclr]"
+        )
     return stages[: places[-1] + 1]
 
 

@@ -45,7 +45,9 @@ def stages_of(config: RunConfig) -> tuple[Stage, ...]:
         added.append(Stage(f"also_{other}", "embed", ("tiles",), content, make, lambda run: run.has_labels))
     at = next(place for place, stage in enumerate(STAGES) if stage.name == "retrieval")
     embedded = tuple(stage.name for stage in added if stage.job == "embed")
-    probed = tuple(stage._replace(parents=stage.parents + embedded) if stage.name == "probe" else stage for stage in STAGES[at:])
+    probed = tuple(
+        stage._replace(parents=stage.parents + embedded) if stage.name == "probe" else stage for stage in STAGES[at:]
+    )
     return (*STAGES[:at], *added, *probed)
 
 

@@ -118,9 +118,7 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
         model = model.model_copy(update={"pretrained": absolute(model.pretrained)})
     weights = config.embed.weights
     also = {name: "".join((before, absolute(place), after)) for name, (before, place, after) in _split_places(config).items()}
-    embed = config.embed.model_copy(
-        update={"weights": weights if weights == NO_WEIGHTS else absolute(weights), "also": also}
-    )
+    embed = config.embed.model_copy(update={"weights": weights if weights == NO_WEIGHTS else absolute(weights), "also": also})
     start = config.baselines.resnet18_weights
     baselines = config.baselines.model_copy(update={"resnet18_weights": absolute(start)})
     caption = config.caption
@@ -137,12 +135,12 @@ def _split_places(config: RunConfig) -> dict[str, tuple[str, str, str]]:
 
 def _split_place(uri: str) -> tuple[str, str, str]:
     """`local-dir:` or `ARCHITECTURE@`, the place, and `#BASELINE` of an item of `embed.also`; each may be empty."""
-    before, after = "", ""
+    before = ""
     if uri.startswith("local-dir:"):
         before, uri = "local-dir:", uri.removeprefix("local-dir:")
     elif "@" in uri and "/" not in uri.partition("@")[0]:
-        before, _, uri = uri.partition("@")
-        return f"{before}@", uri, ""
+        architecture, _, uri = uri.partition("@")
+        return f"{architecture}@", uri, ""
     uri, hash_mark, name = uri.partition("#")
     return before, uri, f"{hash_mark}{name}"
 
@@ -282,7 +280,10 @@ def representations(made: Mapping[str, Dataset]) -> dict[str, Dataset]:
         found["pretrained"] = made.get("pretrained_features", made["embeddings"])
     prefixes = ("baseline_", "also_")
     return found | {
-        stage.removeprefix(prefix): dataset for stage, dataset in made.items() for prefix in prefixes if stage.startswith(prefix)
+        stage.removeprefix(prefix): dataset
+        for stage, dataset in made.items()
+        for prefix in prefixes
+        if stage.startswith(prefix)
     }
 
 

@@ -17,7 +17,7 @@ from urbanclip_ray.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
-STAGE_JOBS = [job for job in JOBS if job.stem != "verify_gpu"]  # which has one recipe, and no stages to choose
+STAGE_JOBS = [job for job in JOBS if job.stem not in ("verify_gpu", "experiment")]  # which have no stages to choose
 HELP_LIMIT_S = 1.5
 MAX_LINES = 60
 
@@ -56,7 +56,12 @@ def test_a_job_names_sections_and_stages_that_there_are(job):
     ((given, named),) = calls
     assert f"python jobs/{job.name} --recipe" in given[0]
     assert set(named["sections"]) <= set(RunConfig.model_fields)
-    known = {stage.name: stage.job for stage in STAGES} | {"embed": "embed", "baselines": "baselines", "report": "report", "search": "tune"}
+    known = {stage.name: stage.job for stage in STAGES} | {
+        "embed": "embed",
+        "baselines": "baselines",
+        "report": "report",
+        "search": "tune",
+    }
     for stage in named["stages"] or []:
         assert known[stage] == job.stem  # the job that MissingDatasetError would send a user to
 

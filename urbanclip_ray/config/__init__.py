@@ -17,7 +17,15 @@ from urbanclip_ray.config.data import (
     SplitConfig,
     SplitKind,
 )
-from urbanclip_ray.config.evaluation import NO_WEIGHTS, BaselineName, BaselinesConfig, EmbedConfig, Features, Method, ProbeConfig
+from urbanclip_ray.config.evaluation import (
+    NO_WEIGHTS,
+    BaselineName,
+    BaselinesConfig,
+    EmbedConfig,
+    Features,
+    Method,
+    ProbeConfig,
+)
 from urbanclip_ray.config.run import RunConfig
 from urbanclip_ray.config.search import Domain, TuneConfig
 from urbanclip_ray.config.section import ConfigError, Section

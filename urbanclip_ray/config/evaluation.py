@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 from pydantic import Field, field_validator
 
@@ -16,7 +16,7 @@ BaselineName = Literal["pca", "autoencoder", "resnet18", "tile2vec", "simclr", "
 Features = Literal["embedding", "tokens"]
 
 NO_WEIGHTS = "none"  # of embed.weights
-OWN_REPRESENTATIONS = ("pretrained", "untrained", "prompts")
+OWN_NAMES = ("pretrained", "untrained", "prompts", "colour", "coordinates", "mean")  # of what every run may have
 
 
 class EmbedConfig(Section):
@@ -39,12 +39,11 @@ class EmbedConfig(Section):
     @field_validator("also")
     @classmethod
     def _new_names(cls, value: dict[str, str]) -> dict[str, str]:
-        taken = (*OWN_REPRESENTATIONS, *get_args(BaselineName), "colour", "coordinates", "mean")
         for name, uri in value.items():
-            if not is_safe_name(name) or name in taken or name.endswith("_mlp"):
+            if not is_safe_name(name) or name in OWN_NAMES or name.endswith("_mlp"):
                 raise ValueError(
                     f"{name!r} cannot name a representation: take letters, digits, '.', '_' and '-', none of "
-                    f"{', '.join(taken)}, and no _mlp at its end"
+                    f"{', '.join(OWN_NAMES)}, and no _mlp at its end"
                 )
             if not uri:
                 raise ValueError(f"{name} has no URI: give its weights, or leave it out")

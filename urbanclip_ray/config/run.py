@@ -60,6 +60,12 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _one_representation_a_name(self) -> Self:
+        if twice := sorted(set(self.baselines.names) & set(self.embed.also)):
+            raise ValueError(f"embed.also and baselines.names both have {', '.join(twice)}: rename one, or leave one out")
+        return self
+
+    @model_validator(mode="after")
     def _check_space(self) -> Self:
         for key, domain in self.tune.space.items():
             check_searched(self, key, domain)

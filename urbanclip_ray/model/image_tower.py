@@ -73,7 +73,7 @@ def _tower_files(config: bytes, weights: bytes, name: str) -> TowerFiles:
     try:
         tree = json.loads(config)
         model, preprocess = tree["model_cfg"], tree.get("preprocess_cfg") or {}
-        model["embed_dim"], model["vision_cfg"]["image_size"]  # noqa: B018  a KeyError is what they are read for
+        model["embed_dim"], model["vision_cfg"]["image_size"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{name}: {CONFIG_FILE} beside it describes no open_clip model ({one_line(error)})") from None
     state = read_tensors(weights, name)

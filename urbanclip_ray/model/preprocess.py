@@ -11,9 +11,7 @@ IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def normalise(
-    pixels: torch.Tensor, mean: Sequence[float] = IMAGE_MEAN, std: Sequence[float] = IMAGE_STD
-) -> torch.Tensor:
+def normalise(pixels: torch.Tensor, mean: Sequence[float] = IMAGE_MEAN, std: Sequence[float] = IMAGE_STD) -> torch.Tensor:
     """uint8 [rows, px, px, 3] -> float32 [rows, 3, px, px], on the device where the pixels are: bytes travel, not floats."""
     scaled = pixels.permute(0, 3, 1, 2).float() / 255
     means = torch.tensor(mean, device=pixels.device).view(1, 3, 1, 1)

@@ -61,9 +61,7 @@ def train_encoder(
             waiting = np.concatenate([waiting, order.permutation(len(tiles))])  # rows left over open the next epoch
         batch, waiting = waiting[:size], waiting[size:]
         places = objective.places(batch, np.random.default_rng([seed, step]))
-        views = [
-            tiles.view(place, shown.image_px, config.augment, [seed, step, number]) for number, place in enumerate(places)
-        ]
+        views = [tiles.view(place, shown.image_px, config.augment, [seed, step, number]) for number, place in enumerate(places)]
         images = [normalise(torch.from_numpy(view).to(device), shown.mean, shown.std) for view in views]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, num_steps, config)
@@ -82,4 +80,3 @@ def train_encoder(
             report(f"step {step + 1} of {num_steps}, loss {losses[-1]:.4g}")
     module.eval()
     return Trained(num_steps, num_steps * size, losses)
-

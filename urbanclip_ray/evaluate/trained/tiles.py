@@ -43,6 +43,8 @@ def read_training_tiles(tiles: Dataset, splits: Dataset, outer: str, pixels: Pix
     is_wanted = pc.field("tile_id").isin(wanted) & pc.field("error").is_null()
     table = tiles.read(["tile_id", "image", "lon", "lat"], filters=is_wanted).sort_by("tile_id")
     if table.num_rows < 2:
-        raise ConfigError(f"{table.num_rows} tiles in the training part of split {outer!r}: baselines have nothing to learn from")
+        raise ConfigError(
+            f"{table.num_rows} tiles in the training part of split {outer!r}: baselines have nothing to learn from"
+        )
     lon, lat = (table[name].cast(pa.float64()).to_numpy().astype(np.float64) for name in ("lon", "lat"))
     return TrainingTiles(table["tile_id"].to_pylist(), table["image"].to_pylist(), lon, lat, pixels)

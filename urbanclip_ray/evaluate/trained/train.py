@@ -89,9 +89,7 @@ def _fit_pca(tiles: Any, config: RunConfig) -> tuple[Any, Any, dict[str, Any]]:
 
     side = config.baselines.pca_side_px
     shown = tiles.view(np.arange(len(tiles)), side, NO_AUGMENTATION, [0])
-    projection = fit_projection(
-        shown.transpose(0, 3, 1, 2).astype(np.float32) / 255, PCA_WIDTH, config.baselines.seed
-    )
+    projection = fit_projection(shown.transpose(0, 3, 1, 2).astype(np.float32) / 255, PCA_WIDTH, config.baselines.seed)
     width = len(projection.directions)
     return EncoderPlan("projection", {"image_px": side, "width": width}), projection, {"num_samples": len(tiles)}
 
@@ -126,9 +124,7 @@ def _objective(name: BaselineName, encoder: Any, plan: Any, tiles: Any, work: Ba
     if name == "autoencoder":
         return autoencoder.Reconstruction(encoder, **plan.settings)
     if name == "image_only":
-        return image_only.AugmentationContrast(
-            encoder, work.config.model.init_temperature, work.config.train.max_logit_scale
-        )
+        return image_only.AugmentationContrast(encoder, work.config.model.init_temperature, work.config.train.max_logit_scale)
     if name == "resnet18":
         if config.resnet18_weights:
             resnet18.fill_residual(encoder, config.resnet18_weights)

@@ -156,7 +156,9 @@ def test_supervision_needs_labels(world):
 
 def test_triplets_need_places(world):
     work = world.work()
-    alone = work._replace(config=work.config.model_copy(update={"baselines": work.config.baselines.model_copy(update={"neighbour_km": 1})}))
+    alone = work._replace(
+        config=work.config.model_copy(update={"baselines": work.config.baselines.model_copy(update={"neighbour_km": 1})})
+    )
     with pytest.raises(ConfigError, match="tile2vec needs neighbours"):
         train_baseline("tile2vec", alone)
 
@@ -183,9 +185,7 @@ def test_a_loss_that_is_not_finite_says_what_to_change(world):
 def test_a_folder_that_does_not_fit_its_config_is_named(tmp_path, trained):
     files = {name: (Path(trained["pca"]) / name).read_bytes() for name in ("encoder.safetensors", "encoder.json")}
     folder = write(files, tmp_path / "broken")
-    (tmp_path / "broken" / "encoder.json").write_text(
-        '{"kind": "projection", "settings": {"image_px": 8, "width": 3}}'
-    )
+    (tmp_path / "broken" / "encoder.json").write_text('{"kind": "projection", "settings": {"image_px": 8, "width": 3}}')
     with pytest.raises(ConfigError, match=rf"{folder}: encoder\.safetensors does not fit"):
         load_encoder(folder)
     with pytest.raises(ConfigError, match="has the kind 'moon'"):
