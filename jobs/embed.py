@@ -1,4 +1,4 @@
-"""Embed: frozen image encoders (ours, baselines, those of embed.also) turn tiles into vectors; retrieval of the held-out tiles is measured.
+"""Embed: frozen image encoders (ours, baselines, embed.also) turn tiles into vectors; retrieval of held-out tiles is measured.
 
 example: python jobs/embed.py --recipe own_tiles --set source.uri=my_tiles --set embed.views=8
 """

@@ -1,4 +1,4 @@
-"""Runs that differ from a base in one thing each: what every part of the recipe is worth. `--recipe BASE/ARM` is one of them."""
+"""Runs that differ from a base in one thing each: what every part of a recipe is worth. `--recipe BASE/ARM` is one."""
 
 from __future__ import annotations
 

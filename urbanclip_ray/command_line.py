@@ -108,6 +108,27 @@ def run_experiment_job(description: str | None) -> None:
         print(f"results: {uri}/results.md, results.csv and results.json")
 
 
+def run_leak_table(description: str | None) -> None:
+    """Print the leak table of a source's labels, and write it below `<storage>/<run>/leak_table`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--storage", metavar="URI", help="where the table goes: a local path or s3://bucket/prefix")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key; repeatable")
+    arguments = parser.parse_args()
+    with errors_in_one_line():
+        from urbanclip_ray.evaluate.leak_table import leak_config, leakage_table, measure_leakage, write_leakage
+        from urbanclip_ray.storage import join
+        from urbanclip_ray.terminal import open_console
+
+        overrides = [*arguments.set, *([f"storage={arguments.storage}"] if arguments.storage else [])]
+        config = apply_overrides(leak_config(), overrides)
+        lines, definition = measure_leakage(config)
+        console = open_console()
+        console.print(leakage_table(lines))
+        console.print(definition, highlight=False, markup=False)
+        for uri in write_leakage(lines, definition, join(config.storage, config.run, "leak_table")):
+            print(f"written: {uri}")
+
+
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
     """Errors that a user can mend end the process with their message alone; others keep their traceback."""

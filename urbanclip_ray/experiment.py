@@ -143,7 +143,7 @@ def _probe_seed(
 
 
 def score(predictions: Dataset, outer: str, seed: int) -> list[Score]:
-    """R² of every method and indicator in every draw of the outer split; one whose truth is constant has none and is left out."""
+    """R² of every method and indicator in every draw of the outer split; a constant truth has none and is left out."""
     table = predictions.read(["indicator", "method", "split", "seed", "y", "y_pred"]).to_pandas()
     found = []
     for (method, indicator, draw), rows in table[table["split"] == outer].groupby(["method", "indicator", "seed"]):

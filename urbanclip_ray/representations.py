@@ -102,6 +102,7 @@ def _trained_content(run: Run, name: BaselineName) -> dict[str, Any]:
     config = run.config
     own, train, model = config.baselines.content(), config.train.content(), config.model.content()
     content: dict[str, Any] = {"name": name, "seed": own["seed"], "outer": config.split.outer}
+    content["transductive"] = config.split.transductive
     content |= {"pixels": config.pixels.content(), **{key: own[key] for key in OWN_KEYS[name]}}
     if name == "pca":
         return content
@@ -111,7 +112,7 @@ def _trained_content(run: Run, name: BaselineName) -> dict[str, Any]:
         content |= {"init_temperature": model["init_temperature"], "max_logit_scale": train["max_logit_scale"]}
     if name == "resnet18":
         start = config.baselines.resnet18_weights
-        content |= {"indicators": config.probe.indicators, "target": config.probe.target}
+        content |= {"indicators": config.probe.indicators, "target": config.probe.target, "targets": config.probe.targets}
         content |= {"weights": _sha256(start)} if start else {}
     return content
 

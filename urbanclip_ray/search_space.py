@@ -52,7 +52,7 @@ def measure_content(config: RunConfig) -> dict[str, Any]:
     tune = {"metric", "samples_per_report", "max_train_tiles", "max_val_tiles", "seed"}
     return {
         "embed": config.embed.content(),
-        "probe": config.probe.model_dump(mode="json", include={"indicators", "target", "ridge_alphas"}),
+        "probe": config.probe.model_dump(mode="json", include={"indicators", "target", "targets", "ridge_alphas"}),
         "judged": config.tune.model_dump(mode="json", include=tune),
     }
 

@@ -224,8 +224,8 @@ def _splits(run: Run, publication: Publication) -> None:
 def _shards(run: Run, publication: Publication) -> None:
     from urbanclip_ray.train.pack import pack_shards
 
-    tiles, pairs, splits = (run.datasets[name] for name in ("tiles", "pairs", "splits"))
-    pack_shards(tiles, pairs, splits, run.config.split.outer, run.config.pack, publication)
+    (tiles, pairs, splits), split = (run.datasets[name] for name in ("tiles", "pairs", "splits")), run.config.split
+    pack_shards(tiles, pairs, splits, split.outer, run.config.pack, publication, split.transductive)
 
 
 def _pretrain(run: Run, publication: Publication) -> None:
@@ -269,7 +269,7 @@ def _probe(run: Run, publication: Publication) -> None:
         config.probe,
         config.pixels,
         publication,
-        config.split.outer,
+        config.split,
     )
 
 

@@ -43,15 +43,15 @@ USES_RAY = {
     "urbanclip_ray.train.launch",
     "urbanclip_ray.train.policies",
     "urbanclip_ray.evaluate.embed",
-    "urbanclip_ray.evaluate.probe",
+    "urbanclip_ray.evaluate.fits",
     "urbanclip_ray.evaluate.retrieval",
     "urbanclip_ray.evaluate.baselines",
     "urbanclip_ray.evaluate.trained.train",
     "urbanclip_ray.tune",
 }
 USES_DEEPSPEED = {"urbanclip_ray.train.engine", "urbanclip_ray.train.fragments"}
-ENTRIES = {"run_job", "run_verification", "run_experiment_job"}  # of the command line, for jobs
-CONNECT_ONLY = {"urbanclip_ray.preflight", "urbanclip_ray.command_line"}
+ENTRIES = {"run_job", "run_verification", "run_leak_table", "run_experiment_job"}  # of the command line, for jobs
+CONNECT_ONLY = {"urbanclip_ray.preflight", "urbanclip_ray.command_line", "urbanclip_ray.evaluate.probe"}
 
 
 class Import(NamedTuple):

@@ -17,7 +17,7 @@ from urbanclip_ray.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
-STAGE_JOBS = [job for job in JOBS if job.stem not in ("verify_gpu", "experiment")]  # which have no stages to choose
+STAGE_JOBS = [job for job in JOBS if job.stem not in ("verify_gpu", "leak", "experiment")]  # which have no stages to choose
 HELP_LIMIT_S = 1.5
 MAX_LINES = 60
 

@@ -23,8 +23,8 @@ from urbanclip_ray.config.evaluation import (
     BaselinesConfig,
     EmbedConfig,
     Features,
-    Method,
     ProbeConfig,
+    Target,
 )
 from urbanclip_ray.config.run import RunConfig
 from urbanclip_ray.config.search import Domain, TuneConfig
@@ -47,7 +47,6 @@ __all__ = [
     "Features",
     "FolderSource",
     "IngestConfig",
-    "Method",
     "ModelConfig",
     "PackConfig",
     "PixelsConfig",
@@ -62,6 +61,7 @@ __all__ = [
     "SplitKind",
     "StepCut",
     "StoreConfig",
+    "Target",
     "TrainConfig",
     "TuneConfig",
     "UrbanClipSource",

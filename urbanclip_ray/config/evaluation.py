@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 from urbanclip_ray.config.section import Section, execution
 from urbanclip_ray.schema import is_safe_name
 
-Method = Literal["pretrained", "untrained", "pretrained_mlp", "untrained_mlp", "colour", "coordinates", "mean"]
+Target = Literal["raw", "log", "log1p"]
 
 
 BaselineName = Literal["pca", "autoencoder", "resnet18", "tile2vec", "simclr", "image_only"]
@@ -84,16 +84,13 @@ class ProbeConfig(Section):
     """How vectors are judged."""
 
     indicators: tuple[str, ...] = ()  # empty: every indicator of the labels
-    target: Literal["raw", "log", "log1p"] = "log1p"
-    methods: tuple[Method, ...] = (
-        "pretrained",
-        "pretrained_mlp",
-        "untrained",
-        "untrained_mlp",
-        "colour",
-        "coordinates",
-        "mean",
-    )
+    target: Target = "log1p"
+    targets: dict[str, Target] = Field(default={})  # of single indicators, instead of `target`
+    zscore: bool = False  # judge in standard deviations of the training tiles' targets: changes RMSE and MAE, not R²
+    # REPRESENTATION (ridge), REPRESENTATION_mlp, colour, coordinates, mean; empty: all that the run has
+    methods: tuple[str, ...] = ()
+    per_city: bool = False  # beside one fit for all regions one for each, and the scores of each
+    refuse_leaks: bool = True  # whether a leak that makes the scores worthless stops the probe; else they are marked
     ridge_alphas: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)  # chosen on validation
     num_neighbours: int = Field(default=5, ge=1)
     mlp_hidden: int = Field(default=256, ge=1)  # the MLP is the paper's released one: 256, ReLU, dropout 0.01

@@ -66,6 +66,12 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_folds(self) -> Self:
+        if self.split.outer_fold is None and not self.embed.weights:
+            raise ValueError("split.outer_fold=null keeps no tile out of a pretraining: name a fold, or set embed.weights")
+        return self
+
+    @model_validator(mode="after")
     def _check_space(self) -> Self:
         for key, domain in self.tune.space.items():
             check_searched(self, key, domain)

@@ -85,7 +85,7 @@ class MeanProbe:
 
     def fit_predict(self, data: ProbeData, seed: int) -> np.ndarray:
         """See :class:`regression.Probe`; features are not looked at."""
-        return np.full(len(data.test_x), data.train_y.mean())
+        return np.full((len(data.test_x), *data.train_y.shape[1:]), data.train_y.mean(axis=0))
 
 
 def _describe(batch: pa.Table, pixels: PixelsConfig) -> pa.Table:

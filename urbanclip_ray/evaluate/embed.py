@@ -26,7 +26,8 @@ def embed_tiles(
 ) -> None:
     """One vector per readable tile; of our own weights' `embedding`, of length 1, it is the image side of the contrastive pair.
 
-    `weights_uri` is what :func:`encoders.load_encoder` opens. With `untrained_seed` the weights' architecture is used with fresh random weights: the floor that pretraining must beat.
+    `weights_uri` is what :func:`encoders.load_encoder` opens. With `untrained_seed` the weights' architecture is used with
+    fresh random weights: the floor that pretraining must beat.
     """
     dataflow.connect()
     rows = dataflow.read(tiles, ["tile_id", "image", "error"]).map_batches(

@@ -15,11 +15,17 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
+    from urbanclip_ray.evaluate.heads import Heads
+
+MLP = "_mlp"  # what the name of a method with the network for a head ends with
 MLP_BATCH_SIZE = 128  # rows; of the follow-up's published command, the paper's code has no figure
 
 
 class ProbeData(NamedTuple):
-    """Features [rows, width] of the three parts, and targets [rows] of all but test, which no probe is ever given."""
+    """Features [rows, width] of the three parts, and targets [rows] of all but test, which no probe is ever given.
+
+    Targets may be several at once, [rows, targets]: each is learned as if it were alone.
+    """
 
     train_x: np.ndarray
     train_y: np.ndarray
@@ -32,7 +38,10 @@ class Probe(Protocol):
     """Something that learns from train, selects on validation and predicts test."""
 
     def fit_predict(self, data: ProbeData, seed: int) -> np.ndarray:
-        """Predictions [num_test], float64, in the space of the targets."""
+        """Predictions [num_test] or [num_test, targets], float64, in the space of the targets.
+
+        A row is predicted without regard to the others of `test_x`.
+        """
         ...
 
 
@@ -75,7 +84,7 @@ class RidgeProbe:
     """Ridge regression; the penalty is the one with the best validation R², the largest among equals.
 
     The penalty multiplies the squared norm of the weights, beside the sum of squared errors, as in sklearn's `Ridge`.
-    One eigendecomposition of the features' second moments serves every penalty.
+    One eigendecomposition of the features' second moments serves every penalty and every target.
     """
 
     alphas: tuple[float, ...]
@@ -89,26 +98,32 @@ class RidgeProbe:
         _, predicted = self.select(data)
         return predicted
 
-    def select(self, data: ProbeData) -> tuple[float, np.ndarray]:
-        """The chosen penalty and the predictions [num_test]."""
+    def select(self, data: ProbeData) -> tuple[np.ndarray, np.ndarray]:
+        """The chosen penalties, [] or [targets], and the predictions."""
         of_x, of_y = standardisers(data)
-        x, y = of_x.apply(data.train_x), of_y.apply(data.train_y)
+        x, y = of_x.apply(data.train_x), _columns(of_y.apply(data.train_y))
         eigenvalues, directions = np.linalg.eigh(x.T @ x)
-        projected = directions.T @ (x.T @ y)
-        val, wanted = of_x.apply(data.val_x) @ directions, of_y.apply(data.val_y)
-        best_alpha, best_error = 0.0, np.inf
+        projected = directions.T @ (x.T @ y)  # [width, targets]
+        val, wanted = of_x.apply(data.val_x) @ directions, _columns(of_y.apply(data.val_y))
+        best_alphas, best_errors = np.zeros(y.shape[1]), np.full(y.shape[1], np.inf)
         for alpha in sorted(self.alphas, reverse=True):
             # The lowest squared error is the highest R², and is defined where validation is constant too.
-            error = float(np.mean((val @ (projected / (eigenvalues + alpha)) - wanted) ** 2))
-            if error < best_error:
-                best_alpha, best_error = alpha, error
-        weights = directions @ (projected / (eigenvalues + best_alpha))
-        return best_alpha, of_y.invert(of_x.apply(data.test_x) @ weights)
+            errors = np.mean((val @ (projected / (eigenvalues + alpha)[:, None]) - wanted) ** 2, axis=0)
+            better = errors < best_errors
+            best_alphas[better], best_errors[better] = alpha, errors[better]
+        weights = directions @ (projected / (eigenvalues[:, None] + best_alphas))
+        predicted = of_x.apply(data.test_x) @ weights
+        shape = data.train_y.shape[1:]
+        return best_alphas.reshape(shape), of_y.invert(predicted.reshape(len(predicted), *shape))
 
 
 @dataclass(frozen=True)
 class MlpProbe:
-    """The paper's released head: one hidden layer, ReLU, dropout; mean squared error, AdamW, best validation kept."""
+    """The paper's released head: one hidden layer, ReLU, dropout; mean squared error, AdamW, best validation kept.
+
+    Heads of several targets are trained side by side in one program: with the same initial weights, order of rows and dropped
+    units as each would have alone, and AdamW works on every weight by itself, so they differ from it by rounding only.
+    """
 
     hidden: int
     dropout: float
@@ -127,46 +142,49 @@ class MlpProbe:
             return torch.from_numpy(of_x.apply(x).astype(np.float32))
 
         def wanted(y: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(of_y.apply(y).astype(np.float32))
+            return torch.from_numpy(_columns(of_y.apply(y)).astype(np.float32))
 
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)  # one task per core; and the same order of summation everywhere
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                head = self._train(rows(data.train_x), wanted(data.train_y), rows(data.val_x), wanted(data.val_y))
+                heads = self._train(rows(data.train_x), wanted(data.train_y), rows(data.val_x), wanted(data.val_y))
                 with torch.no_grad():
-                    predicted = head(rows(data.test_x)).squeeze(1).double().numpy()
+                    predicted = heads(rows(data.test_x), None).double().numpy()
         finally:
             torch.set_num_threads(num_threads)
-        return of_y.invert(predicted)
+        restored: np.ndarray = of_y.invert(predicted.reshape(len(predicted), *data.train_y.shape[1:]))
+        return restored
 
-    def _train(self, x: torch.Tensor, y: torch.Tensor, val_x: torch.Tensor, val_y: torch.Tensor) -> torch.nn.Module:
+    def _train(self, x: torch.Tensor, y: torch.Tensor, val_x: torch.Tensor, val_y: torch.Tensor) -> Heads:
         import torch
-        import torch.nn.functional as F
 
-        head = torch.nn.Sequential(
-            torch.nn.Linear(x.shape[1], self.hidden),
-            torch.nn.ReLU(),
-            torch.nn.Dropout(self.dropout),
-            torch.nn.Linear(self.hidden, 1),
-        )
-        optimizer = torch.optim.AdamW(head.parameters(), lr=self.lr, weight_decay=self.weight_decay)
-        best_error, best_state, best_epoch = float("inf"), None, 0
+        from urbanclip_ray.evaluate.heads import Heads
+
+        heads = Heads(x.shape[1], self.hidden, y.shape[1])
+        best = copy.deepcopy(heads)
+        optimizer = torch.optim.AdamW(heads.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        best_errors, best_epochs = torch.full((y.shape[1],), math.inf), torch.zeros(y.shape[1], dtype=torch.int64)
         for epoch in range(self.max_epochs):
-            head.train()
             for batch in torch.split(torch.randperm(len(x)), MLP_BATCH_SIZE):
                 optimizer.zero_grad()
-                F.mse_loss(head(x[batch]).squeeze(1), y[batch]).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+                kept = torch.nn.functional.dropout(torch.ones(len(batch), self.hidden), self.dropout)
+                # The sum over targets: none has a part in another's gradient.
+                ((heads(x[batch], kept) - y[batch]) ** 2).mean(dim=0).sum().backward()
                 optimizer.step()
-            head.eval()
             with torch.no_grad():
-                error = float(F.mse_loss(head(val_x).squeeze(1), val_y))
-            if error < best_error:
-                best_error, best_state, best_epoch = error, copy.deepcopy(head.state_dict()), epoch
-            elif epoch - best_epoch >= self.patience:
+                errors = ((heads(val_x, None) - val_y) ** 2).mean(dim=0)
+            waiting = epoch - best_epochs <= self.patience  # a head that has waited longer has stopped
+            better = waiting & (errors < best_errors)
+            best.take(heads, better)
+            best_errors, best_epochs[better] = torch.where(better, errors, best_errors), epoch
+            if not (epoch - best_epochs < self.patience).any():
                 break
-        if best_state is None:
+        if not torch.isfinite(best_errors).all():
             raise FloatingPointError(f"no epoch of the MLP probe had a finite error: lower probe.mlp_lr={self.lr}")
-        head.load_state_dict(best_state)
-        return head
+        return best
+
+
+def _columns(y: np.ndarray) -> np.ndarray:
+    return y.reshape(len(y), -1)

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 
-Target = Literal["raw", "log", "log1p"]
+from urbanclip_ray.config import ProbeConfig, Target
+
+ZSCORE = "z-score of "
+
+
+def target_of(indicator: str, config: ProbeConfig) -> Target:
+    """The transform of an indicator: its own, or the one of all."""
+    return config.targets.get(indicator, config.target)
+
+
+def space_name(indicator: str, config: ProbeConfig) -> str:
+    """What every error of an indicator is measured in: the transform, or standard deviations of it in training."""
+    return f"{ZSCORE}{target_of(indicator, config)}" if config.zscore else target_of(indicator, config)
 
 
 def to_space(values: np.ndarray, target: Target) -> np.ndarray:

@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 from urbanclip_ray.config import ConfigError, PixelsConfig, RunConfig
 from urbanclip_ray.errors import UserError
-from urbanclip_ray.evaluate.probe import MIN_ROWS, read_indicators
+from urbanclip_ray.evaluate.fits import MIN_ROWS
+from urbanclip_ray.evaluate.probe import read_indicators
 from urbanclip_ray.evaluate.regression import ProbeData, RidgeProbe
-from urbanclip_ray.evaluate.targets import to_space
+from urbanclip_ray.evaluate.targets import target_of, to_space
 from urbanclip_ray.imagery import crop_margins, decode, to_square
 from urbanclip_ray.model.preprocess import normalise, turned_views
 from urbanclip_ray.storage import Dataset
@@ -46,7 +47,7 @@ def choose_rows(shards: Dataset, labels: Dataset, config: RunConfig) -> ProbeRow
     """
     table = shards.read(["row_id", "tile_id", "part"]).sort_by("row_id")
     raw = read_indicators(labels, table["tile_id"].combine_chunks(), config.probe)
-    targets = {name: to_space(values, config.probe.target) for name, values in raw.items()}
+    targets = {name: to_space(values, target_of(name, config.probe)) for name, values in raw.items()}
     usable = np.any([np.isfinite(values) for values in targets.values()], axis=0)
     part = table["part"].to_numpy()
     random = np.random.default_rng(config.tune.seed)

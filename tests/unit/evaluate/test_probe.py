@@ -24,6 +24,8 @@ WIDTH = 12
 IDS = [f"city/{index:04d}" for index in range(NUM_TILES)]
 QUICK = ProbeConfig(target="log", mlp_hidden=32, mlp_lr=1e-2, mlp_max_epochs=60, mlp_patience=10, indicators=("carbon",))
 
+SPLIT = SplitConfig(outer="blocks", also=("random",), num_draws=2, block_km=8)
+
 
 def store(where: str, table: pa.Table) -> Dataset:
     with publish(where, "made", {}, {}) as publication:
@@ -63,8 +65,7 @@ class World:
         self.log_carbon = self.vectors @ rng.normal(size=WIDTH) + 0.1 * rng.normal(size=NUM_TILES)
         self.tiles_table = tiles_table(rng)
         self.tiles = store(f"{where}/tiles", self.tiles_table)
-        config = SplitConfig(outer="blocks", also=("random",), num_draws=2, block_km=8)
-        self.splits_table, _ = assign_splits(self.tiles_table, config, None)
+        self.splits_table, _ = assign_splits(self.tiles_table, SPLIT, None)
         self.splits = store(f"{where}/splits", self.splits_table)
         self.labels_table = pa.table([IDS, np.exp(self.log_carbon)], schema=labels_schema(["carbon"]))
         self.labels = store(f"{where}/labels", self.labels_table)
@@ -82,7 +83,7 @@ class World:
         }
         where = f"{self.where}/probe-{self.num_probed}"
         with publish(where, "probe", config.content(), {}) as publication:
-            probe(**(inputs | changed), config=config, pixels=PixelsConfig(), publication=publication, outer="blocks")
+            probe(**(inputs | changed), config=config, pixels=PixelsConfig(), publication=publication, split=SPLIT)
         return open_dataset(where)
 
 
@@ -110,15 +111,19 @@ def test_every_method_end_to_end_on_a_target_that_is_linear_in_the_vectors(world
     assert predictions.schema.equals(PREDICTIONS)
     assert result.manifest.unit == "predictions"
     assert result.manifest.rows_out == predictions.num_rows
-    assert result.manifest.facts == {"skipped": {}, "unusable_targets": {"carbon": {}}}
+    facts = result.manifest.facts
+    assert (facts["skipped"], facts["unusable_targets"], facts["too_small"]) == ({}, {"carbon": {}}, {})
     num_test = pc.sum(pc.equal(world.splits_table["part"], "test")).as_py()
-    assert predictions.num_rows == num_test * len(QUICK.methods)
+    methods = ["pretrained", "pretrained_mlp", "untrained", "untrained_mlp", "colour", "coordinates", "mean"]
+    assert predictions["method"].unique().to_pylist() == methods  # all that there are, as none is named
+    assert predictions.num_rows == num_test * len(methods)
     for split in ("blocks", "random"):
         assert r2(scores, "pretrained", split) > 0.95
         assert r2(scores, "pretrained_mlp", split) > 0.5
         for method in ("untrained", "untrained_mlp", "colour", "coordinates", "mean"):
             assert r2(scores, method, split) < 0.2
-    assert scores == score_predictions(predictions, "blocks")
+    pooled = score_predictions(predictions, "blocks")
+    assert [entry["mean"] for entry in scores["probe"]] == [entry["mean"] for entry in pooled["probe"]]
     assert scores["transductive"] == ["random"]
     truth = dict(zip(IDS, world.log_carbon, strict=True))
     rows = predictions.to_pylist()
@@ -161,15 +166,11 @@ def test_methods_without_their_inputs_are_skipped_with_the_reason(world: World) 
     lon = world.tiles_table["lon"].to_pylist()
     tiles = world.tiles_table.set_column(index, TILES.field("lon"), pa.array([None, *lon[1:]], pa.float64()))
     result = world.probe(
-        with_methods("pretrained", "untrained", "untrained_mlp", "coordinates", "mean"),
+        with_methods("pretrained", "coordinates", "mean"),
         tiles=store(f"{world.where}/unplaced", tiles),
         embeddings={"pretrained": world.pretrained},
     )
-    assert result.manifest.facts["skipped"] == {
-        "untrained": "there are no untrained embeddings",
-        "untrained_mlp": "there are no untrained embeddings",
-        "coordinates": "1 of 240 tiles have no lon and lat",
-    }
+    assert result.manifest.facts["skipped"] == {"coordinates": "1 of 240 tiles have no lon and lat"}
     assert set(result.read()["method"].to_pylist()) == {"pretrained", "mean"}
 
 
@@ -193,8 +194,10 @@ def test_inputs_that_cannot_be_probed_name_the_fix(world: World) -> None:
     broken[7, 3] = np.nan
     with pytest.raises(ProbeError, match=r"1 vectors of .* not finite"):
         world.probe(with_methods("pretrained"), embeddings={"pretrained": store(f"{world.where}/nan", vectors_table(broken))})
-    with pytest.raises(ProbeError, match="every method"):
+    with pytest.raises(ProbeError, match="names 'pretrained', but this run has colour, coordinates, mean"):
         world.probe(with_methods("pretrained"), embeddings={})
+    with pytest.raises(ProbeError, match="cannot be called 'colour'"):
+        world.probe(embeddings={"colour": world.pretrained})
     twice = store(f"{world.where}/twice", pa.concat_tables([world.labels_table, world.labels_table]))
     with pytest.raises(ProbeError, match="more than one row for a tile"):
         world.probe(with_methods("mean"), labels=twice)

@@ -64,7 +64,10 @@ def input_of(plan: EncoderPlan) -> Input:
 
 
 def build_encoder(plan: EncoderPlan, seed: int = 0) -> nn.Module:
-    """With random weights (`seed` decides a tower's, the process's generator others'): images [rows, 3, px, px] -> vectors [rows, width]. Raises ConfigError for an unknown kind."""
+    """Images [rows, 3, px, px] -> vectors [rows, width], with random weights. Raises ConfigError for an unknown kind.
+
+    `seed` decides a tower's weights, and this process's generator those of the others.
+    """
     if plan.kind == "tower":
         return make_tower(plan.settings, seed)
     kinds = {"projection": Projection, "convolutional": ConvolutionalEncoder, "residual": ResidualEncoder}

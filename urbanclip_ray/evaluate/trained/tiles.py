@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from urbanclip_ray.config import AugmentConfig, ConfigError, PixelsConfig
+from urbanclip_ray.config import AugmentConfig, ConfigError, PixelsConfig, SplitConfig
 from urbanclip_ray.imagery import crop_margins, decode
 from urbanclip_ray.storage import Dataset
 from urbanclip_ray.train.augment import augment
+from urbanclip_ray.train.pack import outer_parts
 
 
 class TrainingTiles(NamedTuple):
@@ -36,15 +37,15 @@ class TrainingTiles(NamedTuple):
         return np.stack(shown)
 
 
-def read_training_tiles(tiles: Dataset, splits: Dataset, outer: str, pixels: PixelsConfig) -> TrainingTiles:
+def read_training_tiles(tiles: Dataset, splits: Dataset, split: SplitConfig, pixels: PixelsConfig) -> TrainingTiles:
     """No validation or test tile is read. Raises ConfigError where there are none to learn from."""
-    chosen = (pc.field("split") == outer) & (pc.field("seed") == 0) & (pc.field("part") == "train")
-    wanted = splits.read(["tile_id"], filters=chosen)["tile_id"].combine_chunks()
+    parts = outer_parts(splits, split.outer, split.transductive)
+    wanted = parts.filter(pc.equal(parts["part"], "train"))["tile_id"].combine_chunks()
     is_wanted = pc.field("tile_id").isin(wanted) & pc.field("error").is_null()
     table = tiles.read(["tile_id", "image", "lon", "lat"], filters=is_wanted).sort_by("tile_id")
     if table.num_rows < 2:
         raise ConfigError(
-            f"{table.num_rows} tiles in the training part of split {outer!r}: baselines have nothing to learn from"
+            f"{table.num_rows} tiles in the training part of split {split.outer!r}: baselines have nothing to learn from"
         )
     lon, lat = (table[name].cast(pa.float64()).to_numpy().astype(np.float64) for name in ("lon", "lat"))
     return TrainingTiles(table["tile_id"].to_pylist(), table["image"].to_pylist(), lon, lat, pixels)

@@ -17,7 +17,7 @@ import ray
 
 from urbanclip_ray import dataflow
 from urbanclip_ray.config import AugmentConfig, BaselineName, ConfigError, RunConfig
-from urbanclip_ray.evaluate.targets import to_space
+from urbanclip_ray.evaluate.targets import target_of, to_space
 from urbanclip_ray.storage import Dataset, Publication
 
 NO_AUGMENTATION = AugmentConfig(min_area_share=1, flips=False)
@@ -34,9 +34,10 @@ class BaselineWork(NamedTuple):
 
 
 class BaselineFiles(NamedTuple):
-    """The files of an encoder by name, and what its training says of itself."""
+    """The files of an encoder by name, the tiles that it learned from, and what its training says of itself."""
 
     files: dict[str, bytes]
+    tile_ids: list[str]
     facts: dict[str, Any]
 
 
@@ -49,12 +50,13 @@ def start_baseline(name: BaselineName, work: BaselineWork) -> Any:
 
 
 def publish_baseline(reference: Any, publication: Publication) -> None:
-    """Wait for a started baseline and write its files. Accounts in the tiles that it learned from."""
+    """Wait for a started baseline, write its files and the ids of the tiles that it learned from, and account in these."""
     made: BaselineFiles = ray.get(reference)
+    publication.write_table(pa.table({"tile_id": pa.array(made.tile_ids, pa.string())}))
     for name, data in made.files.items():
         publication.write_file(name, data)
     publication.facts.update(made.facts)
-    num_tiles = made.facts["num_tiles"]
+    num_tiles = len(made.tile_ids)
     publication.count(unit="tiles", rows_in=num_tiles, rows_out=num_tiles, rejects={})
 
 
@@ -68,7 +70,7 @@ def train_baseline(name: BaselineName, work: BaselineWork) -> BaselineFiles:
     config, start_s = work.config, time.monotonic()
     torch.set_num_threads(config.baselines.cpus_per_task)
     torch.manual_seed(config.baselines.seed)
-    tiles = read_training_tiles(work.tiles, work.splits, config.split.outer, config.pixels)
+    tiles = read_training_tiles(work.tiles, work.splits, config.split, config.pixels)
     report = partial(_report, name, start_s)
     if name == "pca":
         plan, encoder, facts = _fit_pca(tiles, config)
@@ -76,7 +78,7 @@ def train_baseline(name: BaselineName, work: BaselineWork) -> BaselineFiles:
         plan, encoder, facts = _fit_by_gradient(name, tiles, work, report)
     facts |= {"num_tiles": len(tiles), "wall_s": round(time.monotonic() - start_s, 1), "seed": config.baselines.seed}
     facts["num_parameters"] = sum(value.numel() for value in encoder.state_dict().values())
-    return BaselineFiles(encoder_files(plan, encoder), facts)
+    return BaselineFiles(encoder_files(plan, encoder), tiles.tile_ids, facts)
 
 
 def _report(name: str, start_s: float, text: str) -> None:
@@ -150,7 +152,7 @@ def read_targets(tile_ids: list[str], work: BaselineWork) -> np.ndarray:
     columns = []
     for name in names:
         values = table[name].cast(pa.float64()).take(where).to_numpy().astype(np.float64)
-        columns.append(to_space(values, work.config.probe.target))
+        columns.append(to_space(values, target_of(name, work.config.probe)))
         if np.isnan(columns[-1]).all():
             raise ConfigError(f"no training tile has a usable {name!r}: take it out of probe.indicators, or resnet18 out")
     return np.stack(columns, axis=1)

@@ -141,7 +141,7 @@ def test_a_seed_decides_the_weights(world, name):
 
 def test_only_training_tiles_and_their_labels_are_read(world):
     work = world.work()
-    tiles = read_training_tiles(work.tiles, work.splits, "blocks", work.config.pixels)
+    tiles = read_training_tiles(work.tiles, work.splits, work.config.split, work.config.pixels)
     assert len(tiles) * 2 == work.tiles.manifest.rows_in
     assert not set(tiles.images) & set(world.test_images)
     targets = read_targets(tiles.tile_ids, work)
