@@ -16,6 +16,7 @@ import numpy as np
 
 from urbanclip_ray.ablations import FULL, WITHOUT_TEXT, ablations, change
 from urbanclip_ray.config import NO_WEIGHTS, ConfigError, RunConfig
+from urbanclip_ray.evaluate.methods import FREE
 from urbanclip_ray.pipeline import run_stages
 from urbanclip_ray.remote_errors import explain_error
 from urbanclip_ray.stages import Run, weights_folder
@@ -137,7 +138,10 @@ def _probe_seed(
 ) -> list[Score]:
     also = {name: place for name, place in weights.items() if name != TEXT}
     embed = {"weights": weights.get(TEXT, NO_WEIGHTS), "also": also}
-    config = change(seeded(experiment.probing, seed), {"embed": embed})
+    own = (TEXT, "untrained") if TEXT in weights else ()
+    # ridge alone where no method is named: the paper's MLP on every arm would take longer than the pretrainings
+    methods = experiment.probing.probe.methods or (*own, *also, *experiment.probing.baselines.names, *FREE)
+    config = change(seeded(experiment.probing, seed), {"embed": embed, "probe": {"methods": methods}})
     run = _attempt(f"probe, seed {seed}", config, PROBING_JOBS, record, timings)
     return [] if run is None else score(run.datasets["probe"], config.split.outer, seed)
 

@@ -28,27 +28,31 @@ OWN_KEYS: dict[BaselineName, tuple[str, ...]] = {
 
 def stages_of(config: RunConfig) -> tuple[Stage, ...]:
     """The walk of a run: what every run has, with the representations of its config before retrieval and probe."""
-    added: list[Stage] = []
+    embedded: list[Stage] = []
     if config.embed.features != "embedding":
-        parents = ("tiles", "pretrain")
-        added.append(Stage("pretrained_features", "embed", parents, pretrained_content, _features, _is_probed))
+        parents: tuple[str, ...] = ("tiles", "pretrain")
+        embedded.append(Stage("pretrained_features", "embed", parents, pretrained_content, _features, _is_probed))
     for name in config.baselines.names:
-        parents = ("tiles", "splits", "labels") if name == "resnet18" else ("tiles", "splits")
-        content, make = partial(_trained_content, name=name), partial(_train, name=name)
-        added.append(Stage(f"trained_{name}", "baselines", parents, content, make, lambda _: True))
-    for name in config.baselines.names:
-        make = partial(_embed_baseline, name=name)
-        parents = ("tiles", f"trained_{name}")
-        added.append(Stage(f"baseline_{name}", "embed", parents, embed_content, make, lambda run: run.has_labels))
+        parents, make = ("tiles", f"trained_{name}"), partial(_embed_baseline, name=name)
+        embedded.append(Stage(f"baseline_{name}", "embed", parents, embed_content, make, lambda run: run.has_labels))
     for other in config.embed.also:
         content, make = partial(_also_content, name=other), partial(_embed_also, name=other)
-        added.append(Stage(f"also_{other}", "embed", ("tiles",), content, make, lambda run: run.has_labels))
-    at = next(place for place, stage in enumerate(STAGES) if stage.name == "retrieval")
-    embedded = tuple(stage.name for stage in added if stage.job == "embed")
-    probed = tuple(
-        stage._replace(parents=stage.parents + embedded) if stage.name == "probe" else stage for stage in STAGES[at:]
-    )
-    return (*STAGES[:at], *added, *probed)
+        embedded.append(Stage(f"also_{other}", "embed", ("tiles",), content, make, lambda run: run.has_labels))
+    names = tuple(stage.name for stage in embedded)
+    stages: list[Stage] = []
+    for stage in STAGES:
+        if stage.name == "retrieval":
+            stages += embedded
+        stages.append(stage._replace(parents=stage.parents + names) if stage.name == "probe" else stage)
+        if stage.name == "pretrain":
+            stages += [_trained(name) for name in config.baselines.names]
+    return tuple(stages)
+
+
+def _trained(name: BaselineName) -> Stage:
+    parents = ("tiles", "splits", "labels") if name == "resnet18" else ("tiles", "splits")
+    content, make = partial(_trained_content, name=name), partial(_train, name=name)
+    return Stage(f"trained_{name}", "baselines", parents, content, make, lambda _: True)
 
 
 def _is_probed(run: Run) -> bool:
@@ -85,9 +89,8 @@ def _train(run: Run, publication: Publication, name: BaselineName) -> None:
     from urbanclip_ray.evaluate.trained.train import BaselineWork, publish_baseline, start_baseline
 
     work = BaselineWork(run.config, run.datasets["tiles"], run.datasets["splits"], run.datasets.get("labels"))
-    for stage in stages_of(run.config):
-        other = stage.name.removeprefix("trained_")
-        if stage.job == "baselines" and other not in run.baseline_tasks and (other == name or not _is_made(run, stage)):
+    for other in run.config.baselines.names:
+        if other not in run.baseline_tasks and (other == name or not _is_made(run, _trained(other))):
             run.baseline_tasks[other] = start_baseline(other, work)
     publish_baseline(run.baseline_tasks[name], publication)
 

@@ -124,9 +124,8 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     caption = config.caption
     if is_directory(caption.model):
         caption = caption.model_copy(update={"model": absolute(caption.model)})
-    changed = {"storage": absolute(config.storage), "source": source, "model": model, "caption": caption, "embed": embed}
-    changed["baselines"] = baselines
-    return config.model_copy(update=changed)
+    changed = {"storage": absolute(config.storage), "source": source, "model": model, "caption": caption}
+    return config.model_copy(update={**changed, "embed": embed, "baselines": baselines})
 
 
 def _split_places(config: RunConfig) -> dict[str, tuple[str, str, str]]:

@@ -139,7 +139,7 @@ class TowerFeatures(nn.Module):
 
     def __init__(self, tower: nn.Module, features: Features) -> None:
         super().__init__()
-        self.tower = tower
+        self.tower: Any = tower  # open_clip's, which has more methods than a Module
         self.features = features
 
     def forward(self, images: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from urbanclip_ray.storage import join, read_bytes
 
 ENCODER_FILE = "encoder.safetensors"
 ENCODER_CONFIG_FILE = "encoder.json"
+TOWER_KEYS = ("embed_dim", "vision_cfg", "quick_gelu")  # of an open_clip config, what its image tower is built of
 AUTOENCODER_WIDTH = 256
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's, of its ResNet weights
 
@@ -47,7 +48,7 @@ class LoadedEncoder(NamedTuple):
 def plan_encoder(name: BaselineName, model: ModelConfig) -> EncoderPlan:
     """What a baseline with gradients is built from: the pretraining's image tower where the method leaves it open."""
     found = open_clip_config(model, model.vocab_size if model.tokenizer == "bpe" else None)
-    tower = {key: found[key] for key in ("embed_dim", "vision_cfg", "quick_gelu") if key in found}
+    tower: dict[str, Any] = {key: found[key] for key in TOWER_KEYS if key in found}
     if name == "autoencoder":
         return EncoderPlan("convolutional", {"image_px": tower_px(tower), "width": AUTOENCODER_WIDTH})
     if name == "resnet18":
