@@ -30,7 +30,7 @@ class EmbedConfig(Section):
     also: dict[str, str] = execution({})
     views: Literal[1, 8] = 1  # 8: the mean over flips and quarter turns
     # What a probe is given of an encoder with blocks. embedding: its output, as texts are compared with; tokens: that, and mean
-    # and standard deviation over the places of every block, which keep texture that the output has given up
+    # and standard deviation over the places of three blocks, which keep texture that the output has given up
     features: Features = "embedding"
     tiles_per_batch: int = execution(64, ge=1)
     num_actors: int = execution(2, ge=1)

@@ -131,10 +131,11 @@ def tower_px(model: dict[str, Any]) -> int:
 
 
 class TowerFeatures(nn.Module):
-    """What a probe is given of a tower: its output at length 1, or that and the statistics of every block.
+    """What a probe is given of a tower: its output at length 1, or that and the statistics of three of its blocks.
 
-    `tokens`: [output, mean and standard deviation over the places of each block], [rows, embed_dim + 2 x blocks x width].
-    The output alone is what the loss was taken of, so it drops what texts do not speak of; blocks before still hold it.
+    `tokens`: [output, mean and standard deviation over the places of blocks at a third, two thirds and the end], [rows,
+    embed_dim + 6 x width] where blocks have one width. The output is what the loss was taken of, so it drops what texts do not
+    speak of; blocks before it still hold texture.
     """
 
     def __init__(self, tower: nn.Module, features: Features) -> None:
@@ -149,7 +150,8 @@ class TowerFeatures(nn.Module):
             return F.normalize(pooled.float(), dim=-1)
         found = self.tower.forward_intermediates(images)
         parts = [F.normalize(found["image_features"].float(), dim=-1)]
-        for block in found["image_intermediates"]:  # [rows, width, high, wide]
-            places = block.float().flatten(2)
+        blocks = found["image_intermediates"]
+        for place in sorted({-(-len(blocks) * third // 3) - 1 for third in (1, 2, 3)}):
+            places = blocks[place].float().flatten(2)  # [rows, width, high x wide]
             parts += [places.mean(dim=2), places.std(dim=2)]
         return torch.cat(parts, dim=1)

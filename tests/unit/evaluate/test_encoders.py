@@ -20,7 +20,7 @@ from urbanclip_ray.config import ConfigError, ModelConfig
 from urbanclip_ray.evaluate.encoders import find_encoder, load_encoder
 from urbanclip_ray.model.architectures import open_clip_config
 from urbanclip_ray.model.coca import build_model
-from urbanclip_ray.model.image_tower import make_tower
+from urbanclip_ray.model.image_tower import TowerFeatures, make_tower
 from urbanclip_ray.model.tokenize import train_bpe
 from urbanclip_ray.model.weights import load_model, weight_files
 from urbanclip_ray.storage import publish
@@ -128,7 +128,7 @@ def ours(tmp_path_factory) -> Path:
     return folder
 
 
-def test_tokens_hold_the_output_and_the_statistics_of_every_block(ours):
+def test_tokens_hold_the_output_and_the_statistics_of_blocks(ours):
     pixels = PIXELS[:, :16, :16]
     embedding, tokens = encode(str(ours), pixels), encode(str(ours), pixels, features="tokens")
     assert tokens.shape == (5, 64 + 2 * 64)  # one block of 64
@@ -142,6 +142,14 @@ def test_tokens_hold_the_output_and_the_statistics_of_every_block(ours):
     places = found[0][:, 1:]  # without the class token
     np.testing.assert_allclose(tokens[:, 64:128], places.mean(dim=1).numpy(), atol=1e-5)
     np.testing.assert_allclose(tokens[:, 128:], places.std(dim=1).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_layers", "num_taken"), [(1, 1), (2, 2), (3, 3), (6, 3)])
+def test_of_many_blocks_three_are_taken(num_layers, num_taken):
+    vision = {"image_size": 16, "patch_size": 8, "width": 64, "layers": num_layers}
+    tower = make_tower({"embed_dim": 32, "vision_cfg": vision}, seed=0).eval()
+    with torch.inference_mode():
+        assert TowerFeatures(tower, "tokens")(torch.zeros(1, 3, 16, 16)).shape == (1, 32 + num_taken * 128)
 
 
 def test_untrained_weights_are_those_that_the_seed_starts_from(ours):
