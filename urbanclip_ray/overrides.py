@@ -23,7 +23,7 @@ def build_config(tree: dict[str, Any]) -> RunConfig:
 def apply_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
     """A new config with `key=value` items such as `train.lr=1e-4` applied, in order.
 
-    Values are read as JSON where they are JSON (numbers, true, null, lists), `[a, b]` and `{name: value}` as YAML, else as text:
+    Values are read as JSON where they are JSON (numbers, true, null, lists), `[a, b]` and `{name: value}` as YAML, else text:
     `stores=[{root: s3://public, anonymous: true}]` is a list of one store.
     """
     tree = config.model_dump()
