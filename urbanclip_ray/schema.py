@@ -69,10 +69,10 @@ PAIRS = pa.schema(
 SPLITS = pa.schema(
     [
         pa.field("tile_id", pa.string(), nullable=False),
-        pa.field("split", pa.string(), nullable=False),  # source, random, blocks, group
+        pa.field("split", pa.string(), nullable=False),  # source, random, blocks, group, city, transfer
         pa.field("seed", pa.int32(), nullable=False),  # the draw of train and validation
         pa.field("fold", pa.int32(), nullable=False),
-        pa.field("part", pa.string(), nullable=False),  # train, val, test
+        pa.field("part", pa.string(), nullable=False),  # train, val, test, or buffer: too near to test, and left out
     ]
 )
 
@@ -96,7 +96,7 @@ PREDICTIONS = pa.schema(
         pa.field("seed", pa.int32(), nullable=False),
         pa.field("y", pa.float64(), nullable=False),
         pa.field("y_pred", pa.float64(), nullable=False),
-        pa.field("space", pa.string(), nullable=False),  # raw, log, log1p
+        pa.field("space", pa.string(), nullable=False),  # raw, log, log1p, or z-score of one of them
     ]
 )
 

@@ -127,14 +127,13 @@ def leakage_table(lines: list[Leakage]) -> Table:
 def _read(config: RunConfig) -> tuple[pa.Table, pa.Table | None]:
     """Labels, and places (`tile_id`, `lon`, `lat`) where ids do not say them."""
     source = config.source
-    released = isinstance(source, UrbanClipSource)
-    if released and not source.uri:
+    if isinstance(source, UrbanClipSource) and not source.uri:
         source = source.model_copy(update={"uri": source.release})  # no tiles are looked for: names say where they are
     opened = open_source(source)
     labels = opened.labels()
     if labels is None:
         raise LeakTableError(f"a source of kind {source.kind} without labels has nothing to leak: bring them with it")
-    if released:
+    if isinstance(source, UrbanClipSource):
         return labels, None
     tiles = opened.tiles()
     columns = {name: pa.array([getattr(tile, name) for tile in tiles], kind) for name, kind in _PLACED.items()}

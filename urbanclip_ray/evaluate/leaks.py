@@ -86,7 +86,7 @@ def _label_in_features(inputs: Inputs) -> Iterator[Leak]:
     for name, x in inputs.features.items():
         for indicator, y in inputs.targets.items():
             usable = ~np.isnan(y)
-            if x.shape[1] == 0 or usable.sum() < MIN_TILES or np.ptp(y[usable]) == 0:
+            if name in ("mean", "coordinates") or usable.sum() < MIN_TILES or np.ptp(y[usable]) == 0:
                 continue
             columns = np.flatnonzero(np.abs(_correlations(x[usable], y[usable])) > COPY_CORRELATION)
             if len(columns):
@@ -148,22 +148,17 @@ def _same_embedding(inputs: Inputs) -> Iterator[Leak]:
 
 
 def _twin_codes(x: np.ndarray) -> np.ndarray:
-    """One code for tiles whose vectors point the same way from the mean, -1 for those that have no twin."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
+    """One code for tiles whose vectors point the same way from the mean: the first of them. No other tile has it."""
     centred = x.astype(np.float32) - x.mean(axis=0, dtype=np.float64).astype(np.float32)
-    length = np.linalg.norm(centred, axis=1, keepdims=True)
-    centred = centred / np.maximum(length, 1e-12)
-    pairs = [
-        np.argwhere(centred[first : first + ROWS_AT_ONCE] @ centred.T > TWIN_COSINE) + np.array([first, 0])
-        for first in range(0, len(x), ROWS_AT_ONCE)
-    ]
-    one, other = np.concatenate(pairs).T
-    one, other = one[one != other], other[one != other]
-    graph = coo_array((np.ones(len(one)), (one, other)), shape=(len(x), len(x)))
-    codes = connected_components(graph, directed=False)[1]
-    return np.where(np.isin(np.arange(len(x)), one), codes, -1)
+    centred = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
+    codes = np.arange(len(x))
+    for first in range(0, len(x), ROWS_AT_ONCE):
+        alike = centred[first : first + ROWS_AT_ONCE] @ centred.T > TWIN_COSINE
+        rows = first + np.flatnonzero(alike.any(axis=1))  # a vector that is the mean has no direction
+        codes[rows] = alike[rows - first].argmax(axis=1)
+    while (codes[codes] != codes).any():  # a twin's twin
+        codes = codes[codes]
+    return codes
 
 
 def _twins(inputs: Inputs, codes: np.ndarray, name: str, what: str) -> Iterator[Leak]:

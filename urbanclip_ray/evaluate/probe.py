@@ -169,6 +169,7 @@ def _setting(
     split: SplitConfig,
 ) -> Setting:
     kinds = dict.fromkeys(draw.split for draw in inputs.parts)
+    used = {name: dataset for name, dataset in embeddings.items() if name in inputs.features}
     ids = places["tile_id"].to_pylist()
     units = {kind: cluster_units(kind, places, split.block_km) for kind in kinds}
     validation: dict[tuple[str, str, str], list[float]] = {}
@@ -176,7 +177,7 @@ def _setting(
         if fit.region == ALL_REGIONS:
             validation.setdefault((indicator, fit.draw.split, method), []).append(result.validation)
     return Setting(
-        transductive=transductive_splits(inputs.parts, places["tile_id"], embeddings, split),
+        transductive=transductive_splits(inputs.parts, places["tile_id"], used, split),
         units={kind: (name, pd.Series(codes, index=ids)) for kind, (name, codes) in units.items()},
         folds=splits.manifest.facts.get("folds", {}),
         validation={key: float(np.mean(values)) for key, values in validation.items()},

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 from rich.table import Table
+from rich.text import Text
 
 from urbanclip_ray.evaluate.intervals import deviation, percentiles, resampled_scores, t_interval
 from urbanclip_ray.evaluate.regression import MLP
@@ -114,7 +115,7 @@ def score_table(scores: Json) -> Table:
     outer, transductive = scores["outer"], scores["transductive"]
     entries = [entry for entry in scores["probe"] if entry["metric"] == "r2"]
     splits = sorted({entry["split"] for entry in entries}, key=lambda split: (split != outer, split))
-    table = Table(title="R² on held-out tiles, mean ± std over draws")
+    table = Table(title="R² on held-out tiles: mean ± std over draws [95% interval over places]")
     table.add_column("indicator")
     table.add_column("method")
     for split in splits:
@@ -124,7 +125,7 @@ def score_table(scores: Json) -> Table:
     for indicator, method in dict.fromkeys((entry["indicator"], entry["method"]) for entry in entries):
         if previous not in (None, indicator):
             table.add_section()
-        cells = [_cell_text(found.get((indicator, method, split))) for split in splits]
+        cells = [Text(_cell_text(found.get((indicator, method, split)))) for split in splits]  # no markup
         table.add_row("" if indicator == previous else indicator, method, *cells)
         previous = indicator
     return table
@@ -133,7 +134,11 @@ def score_table(scores: Json) -> Table:
 def _cell_text(entry: Json | None) -> str:
     if entry is None:
         return "-"
-    return "undefined" if entry["mean"] is None else f"{entry['mean']:.3f} ± {entry['std']:.3f}"
+    if entry["mean"] is None:
+        return "undefined"
+    known = entry["low_tiles"] is not None
+    interval = f" [{entry['low_tiles']:.3f}, {entry['high_tiles']:.3f}]" if known else ""
+    return f"{entry['mean']:.3f} ± {entry['std']:.3f}{interval}"
 
 
 def _cells(frame: pd.DataFrame) -> Iterator[Cell]:

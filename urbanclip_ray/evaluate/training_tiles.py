@@ -7,7 +7,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from urbanclip_ray.config import SplitConfig
-from urbanclip_ray.errors import UserError
 from urbanclip_ray.evaluate.fits import Draw
 from urbanclip_ray.evaluate.splits import PARTS
 from urbanclip_ray.storage import Dataset, StorageError, exists, find_dataset, join, list_files
@@ -21,12 +20,13 @@ def training_tiles(embeddings: Dataset) -> pa.Array | None:
     A trained baseline holds their ids. Other weights name the shards that they were made from by the sha256 of their manifest,
     and shards lie beside them in the run.
     """
-    facts = embeddings.manifest.facts.get("weights", {})
+    facts = embeddings.manifest.facts.get("weights")
+    facts = facts if isinstance(facts, dict) else {}
     if UNTRAINED in str(facts.get("digest", "")):
         return pa.array([], pa.string())
     if "shards" in embeddings.manifest.parents:
         return _ids(_run_of(embeddings.uri), embeddings.manifest.parents["shards"])
-    pretrained = find_dataset(str(facts["uri"]).rsplit("/", 1)[0]) if "uri" in facts else None
+    pretrained = _find(str(facts["uri"]).rsplit("/", 1)[0]) if "uri" in facts else None
     if pretrained is not None and pretrained.manifest.stage.startswith("trained_"):
         return pretrained.read(["tile_id"])["tile_id"].combine_chunks()
     if pretrained is None or "shards" not in pretrained.manifest.parents:
@@ -39,7 +39,7 @@ def transductive_splits(
 ) -> tuple[str, ...]:
     """The splits with a test tile that some of the weights were trained on.
 
-    Where it cannot be found out what weights were trained on, all but the outer split are taken for such.
+    Where it cannot be found out what some were trained on, all but the outer split are taken for such.
     """
     kinds = tuple(dict.fromkeys(draw.split for draw in parts))
     found = [training_tiles(dataset) for dataset in embeddings.values()]
@@ -50,6 +50,13 @@ def transductive_splits(
         known = pc.is_in(tile_ids, value_set=ids).to_numpy()
         seen |= {draw.split for draw, own in parts.items() if (known & (own == PARTS.index("test"))).any()}
     return tuple(kind for kind in kinds if kind in seen)
+
+
+def _find(uri: str) -> Dataset | None:
+    try:
+        return find_dataset(uri)
+    except StorageError:  # a manifest of something else
+        return None
 
 
 def _run_of(uri: str) -> str:
@@ -63,10 +70,7 @@ def _ids(run: str, manifest_sha256: str) -> pa.Array | None:
         return None
     for info in list_files(folder):
         if info.base_name == "manifest.json":
-            try:
-                shards = find_dataset(join(folder, str(info.path).rsplit("/", 2)[1]))
-            except (UserError, StorageError):  # of another version: not the one that is looked for
-                continue
+            shards = _find(join(folder, str(info.path).rsplit("/", 2)[1]))
             if shards is not None and shards.sha256 == manifest_sha256:
                 return shards.read(["tile_id"])["tile_id"].combine_chunks()
     return None

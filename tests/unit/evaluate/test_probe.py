@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from urbanclip_ray.config import PixelsConfig, ProbeConfig, SplitConfig
-from urbanclip_ray.evaluate.probe import ProbeError, probe
+from urbanclip_ray.evaluate.leaks import LeakError
+from urbanclip_ray.evaluate.methods import ProbeError
+from urbanclip_ray.evaluate.probe import probe
 from urbanclip_ray.evaluate.scores import score_predictions
 from urbanclip_ray.evaluate.splits import assign_splits
 from urbanclip_ray.schema import PREDICTIONS, SPLITS, TILES, embeddings_schema, labels_schema
@@ -96,10 +98,10 @@ def with_methods(*methods: str, **changed: Any) -> ProbeConfig:
     return ProbeConfig(**(QUICK.model_dump() | {"methods": methods} | changed))
 
 
-def r2(scores: dict[str, Any], method: str, split: str) -> float:
-    [found] = [
-        entry for entry in scores["probe"] if (entry["method"], entry["split"], entry["metric"]) == (method, split, "r2")
-    ]
+def r2(scores: dict[str, Any], method: str, split: str, indicator: str = "carbon") -> float:
+    wanted = (indicator, method, split, "r2")
+    keys = ("indicator", "method", "split", "metric")
+    [found] = [entry for entry in scores["probe"] if tuple(entry[key] for key in keys) == wanted]
     mean: float = found["mean"]
     return mean
 
@@ -208,3 +210,96 @@ def test_a_part_with_too_few_usable_rows_is_refused_before_anything_is_fitted(wo
     splits = pa.table([IDS[:17], ["blocks"] * 17, [0] * 17, [0] * 17, parts], schema=SPLITS)
     with pytest.raises(ProbeError, match=r"blocks, draw 0: test has 1 tiles with a usable 'carbon'.*split\.test_share"):
         world.probe(with_methods("mean"), splits=store(f"{world.where}/thin", splits))
+
+
+def test_errors_name_the_space_that_each_indicator_is_judged_in(world: World) -> None:
+    schema = labels_schema(["carbon", "gdp"])
+    gdp = 1000 * world.log_carbon
+    labels = store(f"{world.where}/spaces", pa.table([IDS, np.exp(world.log_carbon), gdp], schema=schema))
+    config = with_methods("pretrained", "mean", indicators=(), targets={"gdp": "raw"})
+    result = world.probe(config, labels=labels)
+    scores = json.loads(read_bytes(result.file_uri("scores.json")))
+    assert {(item["indicator"], item["space"]) for item in scores["probe"]} == {("carbon", "log"), ("gdp", "raw")}
+    standard = world.probe(
+        with_methods("pretrained", "mean", indicators=(), targets={"gdp": "raw"}, zscore=True), labels=labels
+    )
+    judged = json.loads(read_bytes(standard.file_uri("scores.json")))
+    assert {(item["indicator"], item["space"]) for item in judged["probe"]} == {
+        ("carbon", "z-score of log"),
+        ("gdp", "z-score of raw"),
+    }
+    assert r2(judged, "pretrained", "blocks") == pytest.approx(r2(scores, "pretrained", "blocks"))
+
+    def errors(found: dict[str, Any]) -> list[float]:
+        keys = ("pretrained", "blocks", "rmse")
+        return [item["mean"] for item in found["probe"] if (item["method"], item["split"], item["metric"]) == keys]
+
+    assert errors(scores)[1] == pytest.approx(1000 * errors(scores)[0])
+    assert errors(judged)[1] == pytest.approx(errors(judged)[0])  # one in its deviations is the other in its own
+    with pytest.raises(ProbeError, match=r"probe\.targets names \['smog'\]"):
+        world.probe(with_methods("mean", targets={"smog": "raw"}))
+
+
+def test_zscores_are_of_the_training_tiles_of_each_draw(world: World) -> None:
+    rows = world.probe(with_methods("mean", zscore=True)).read().to_pylist()
+    for row in rows[::40]:
+        chosen = (pc.field("split") == row["split"]) & (pc.field("seed") == row["seed"]) & (pc.field("part") == "train")
+        train = np.isin(IDS, world.splits_table.filter(chosen)["tile_id"].to_pylist())
+        y = world.log_carbon
+        assert row["y"] == pytest.approx((y[IDS.index(row["tile_id"])] - y[train].mean()) / y[train].std())
+        assert row["y_pred"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_label_in_the_vectors_stops_the_probe_unless_it_may_be_published_with_its_name(world: World) -> None:
+    leaking = np.concatenate([world.vectors, world.log_carbon[:, None]], axis=1)
+    embeddings = {"pretrained": store(f"{world.where}/leaking", vectors_table(leaking))}
+    with pytest.raises(LeakError, match="label_in_features: column 12 of 'pretrained' is the indicator 'carbon'"):
+        world.probe(with_methods("pretrained"), embeddings=embeddings)
+    result = world.probe(with_methods("pretrained", refuse_leaks=False), embeddings=embeddings)
+    scores = json.loads(read_bytes(result.file_uri("scores.json")))
+    assert result.manifest.facts["leaks"] == scores["leaks"]
+    assert ("label_in_features", "error", 1) in {
+        (leak["name"], leak["severity"], leak["num_found"]) for leak in scores["leaks"]
+    }
+
+
+def test_an_indicator_without_any_value_is_named(world: World) -> None:
+    schema = labels_schema(["carbon", "gdp"])
+    empty = pa.table([IDS, np.exp(world.log_carbon), pa.nulls(NUM_TILES, pa.float64())], schema=schema)
+    labels = store(f"{world.where}/empty", empty)
+    with pytest.raises(ProbeError, match=r"'gdp' has no usable value in space 'log' on any tile.*probe\.indicators"):
+        world.probe(with_methods("mean", indicators=()), labels=labels)
+
+
+def test_cities_are_scored_by_one_fit_for_all_and_by_their_own_where_they_have_enough_tiles(world: World) -> None:
+    """Three cities, of which one has ten tiles; its few own fits that can be made are, and the others are counted."""
+    regions = ["Beijing"] * 130 + ["Lhasa"] * 10 + ["Shanghai"] * 100
+    index = world.tiles_table.column_names.index("region")
+    table = world.tiles_table.set_column(index, TILES.field("region"), pa.array(regions))
+    split = SplitConfig(outer="random", also=("city", "transfer"), num_draws=2, block_km=8)
+    splits = store(f"{world.where}/cities", assign_splits(table, split, None)[0])
+    tiles = store(f"{world.where}/city-tiles", table)
+    config = with_methods("pretrained", "mean", per_city=True)
+    with publish(f"{world.where}/per-city", "probe", {}, {}) as publication:
+        embeddings = {"pretrained": world.pretrained}
+        probe(world.labels, splits, tiles, embeddings, config, PixelsConfig(), publication, split)
+    result = open_dataset(f"{world.where}/per-city")
+    scores = json.loads(read_bytes(result.file_uri("scores.json")))
+    found = {
+        (item["city"], item["fit"], item["split"]): item["mean"]
+        for item in scores["cities"]
+        if (item["method"], item["metric"]) == ("pretrained", "r2")
+    }
+    for city in ("Beijing", "Shanghai"):
+        assert found[city, "pooled", "random"] > 0.95
+        assert found[city, "own", "random"] > 0.9
+    assert ("Beijing", "own", "city") not in found  # a city that is held out has nothing of its own to learn from
+    num_own = sum(item["seeds"] for item in scores["cities"] if item["city"] == "Lhasa" and item["fit"] == "own") // (2 * 3)
+    assert result.manifest.facts["too_small"].get("Lhasa", 0) == 2 - num_own
+    assert {item["fold"] for item in scores["folds"] if item["split"] == "transfer"} == set(range(9))
+    [worst] = [item for item in scores["folds"] if (item["split"], item["fold"]) == ("city", 1) and item["method"] == "mean"][
+        :1
+    ]
+    assert worst["num_test"] == 10
+    assert "own_fits.feather" in {entry.path.rpartition("/")[2] for entry in result.manifest.files}
+    assert set(result.read()["split"].to_pylist()) == {"random", "city", "transfer"}

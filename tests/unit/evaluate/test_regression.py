@@ -132,3 +132,19 @@ def test_a_diverging_mlp_says_what_to_lower() -> None:
     data, _ = absolute_value()
     with pytest.raises(FloatingPointError, match="mlp_lr"), np.errstate(all="ignore"):
         MlpProbe(hidden=8, dropout=0, lr=1e30, weight_decay=0, max_epochs=2, patience=1).fit_predict(data, 0)
+
+
+@pytest.mark.parametrize(
+    "probe", [RidgeProbe(ALPHAS), MLP, MlpProbe(64, dropout=0.5, lr=3e-3, weight_decay=0.01, max_epochs=25, patience=3)]
+)
+def test_several_targets_at_once_are_each_predicted_as_if_alone(probe: RidgeProbe | MlpProbe) -> None:
+    """With patience that runs out at another epoch for each of them."""
+    data = make_rows()
+    rng = np.random.default_rng(5)
+    others = [lambda y: rng.normal(size=len(y)), np.sqrt]
+    train_y, val_y = (np.stack([y, *(other(y) for other in others)], axis=1) for y in (data.train_y, data.val_y))
+    together = probe.fit_predict(data._replace(train_y=train_y, val_y=val_y), 3)
+    assert together.shape == (len(data.test_x), 3)
+    for column in range(3):
+        alone = probe.fit_predict(data._replace(train_y=train_y[:, column], val_y=val_y[:, column]), 3)
+        np.testing.assert_allclose(together[:, column], alone, rtol=1e-3, atol=1e-3 * np.ptp(alone))

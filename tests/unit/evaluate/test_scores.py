@@ -4,12 +4,13 @@ import io
 import json
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 from rich.console import Console
 from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 
-from urbanclip_ray.evaluate.scores import score_predictions, score_table
+from urbanclip_ray.evaluate.scores import Setting, score_predictions, score_table
 from urbanclip_ray.schema import PREDICTIONS
 
 
@@ -21,6 +22,7 @@ def rows(
     split: str = "blocks",
     indicator: str = "carbon",
     tiles: list[str] | None = None,
+    fold: int = 0,
 ) -> pa.Table:
     num = len(y)
     columns = {
@@ -28,7 +30,7 @@ def rows(
         "indicator": [indicator] * num,
         "method": [method] * num,
         "split": [split] * num,
-        "fold": [0] * num,
+        "fold": [fold] * num,
         "seed": [seed] * num,
         "y": y,
         "y_pred": y_pred,
@@ -201,3 +203,64 @@ def test_the_table_shows_the_outer_split_first_and_marks_the_others() -> None:
     found = entry(scores, metric="r2", method="colour", split="blocks")
     assert f"{found['mean']:.3f} ± {found['std']:.3f}" in stream.getvalue()
     assert "undefined" in stream.getvalue()
+
+
+def test_every_score_has_an_interval_over_draws_and_one_over_units() -> None:
+    y, predicted = draws()
+    units = pd.Series(np.repeat(np.arange(12), 5), index=[f"t{index}" for index in range(60)])
+    setting = Setting(units={"blocks": ("block", units)}, validation={("carbon", "blocks", "colour"): 0.7})
+    found = entry(score_predictions(table_of(y, predicted), "blocks", setting), metric="r2", method="colour")
+    assert found["low"] < found["mean"] < found["high"]
+    assert found["low_tiles"] < found["mean"] < found["high_tiles"]
+    assert (found["unit"], found["num_units"], found["validation"], found["transductive"]) == ("block", 12, 0.7, False)
+
+
+def test_the_selected_pair_is_the_best_on_validation_whatever_test_says() -> None:
+    y, predicted = draws()
+    better = predicted["pretrained"]
+    table = table_of(y, {"pretrained": better, "pretrained_mlp": better, "colour": predicted["colour"], "mean": better})
+    validation = {"pretrained": 0.1, "pretrained_mlp": 0.3, "colour": 0.2, "mean": 0.0}
+    setting = Setting(validation={("carbon", "blocks", method): score for method, score in validation.items()})
+    paired = score_predictions(table, "blocks", setting)["paired"]
+    assert [(pair["method"], pair["against"]) for pair in paired if pair["selected"]] == [("pretrained_mlp", "colour")]
+    [chosen] = [pair for pair in paired if pair["selected"]]
+    assert chosen["significant"] is True  # errors of 0.7 against 1.2 in every draw
+    [same] = [pair for pair in paired if (pair["method"], pair["against"]) == ("pretrained", "mean")]
+    assert same["significant"] is False
+
+
+def test_folds_are_averaged_before_draws_are_counted_and_each_is_scored_by_itself() -> None:
+    y, predicted = draws(num_draws=3)
+    half = {0: slice(0, 30), 1: slice(30, 60)}
+    tiles = [f"t{index}" for index in range(60)]
+    table = pa.concat_tables(
+        rows("pretrained", seed, y[part], values[part], "city", tiles=tiles[part], fold=fold)
+        for seed, values in enumerate(predicted["pretrained"])
+        for fold, part in half.items()
+    )
+    scores = score_predictions(table, "city", Setting(folds={"city": ["Beijing", "Lhasa"]}))
+    by_fold = {fold: [r2_score(y[part], values[part]) for values in predicted["pretrained"]] for fold, part in half.items()}
+    found = entry(scores, metric="r2")
+    assert (found["seeds"], found["num_folds"], found["num_test"]) == (3, 2, 30)
+    assert found["mean"] == pytest.approx(np.mean([by_fold[0], by_fold[1]]))
+    assert found["std"] == pytest.approx(np.std(np.mean([by_fold[0], by_fold[1]], axis=0), ddof=1))
+    named = {item["name"]: item["mean"] for item in scores["folds"] if item["metric"] == "r2"}
+    assert named == {"Beijing": pytest.approx(np.mean(by_fold[0])), "Lhasa": pytest.approx(np.mean(by_fold[1]))}
+
+
+def test_transfer_has_scores_by_pair_and_none_over_all_pairs() -> None:
+    y, predicted = draws(num_draws=1)
+    table = pa.concat_tables(rows("pretrained", 0, y, predicted["pretrained"][0], "transfer", fold=fold) for fold in range(4))
+    scores = score_predictions(table, "blocks")
+    assert scores["probe"] == []
+    assert scores["paired"] == []
+    assert {item["fold"] for item in scores["folds"]} == {0, 1, 2, 3}
+
+
+def test_every_city_is_scored_where_regions_are_given() -> None:
+    y, predicted = draws(num_draws=2)
+    regions = pd.Series(["Beijing"] * 50 + ["Lhasa"] * 10, index=[f"t{index}" for index in range(60)])
+    scores = score_predictions(table_of(y, predicted), "blocks", Setting(regions=regions))
+    [lhasa] = [item for item in scores["cities"] if (item["city"], item["method"], item["metric"]) == ("Lhasa", "colour", "r2")]
+    assert lhasa["mean"] == pytest.approx(np.mean([r2_score(y[50:], values[50:]) for values in predicted["colour"]]))
+    assert (lhasa["fit"], lhasa["num_test"]) == ("pooled", 10)

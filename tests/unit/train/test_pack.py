@@ -150,3 +150,30 @@ def test_nothing_to_pack_is_refused_with_where_to_look(inputs, tmp_path):
     strangers = store(tmp_path / "p", "pairs", [{"tile_id": "q", "texts": ["A text."], "rejected": []}] * 2, PAIRS)
     with pytest.raises(ConfigError, match="look at the rejects of refine"):
         pack((tiles, strangers, splits), tmp_path / "shards")
+
+
+@pytest.fixture(scope="module")
+def buffered(inputs, tmp_path_factory):
+    """The inputs with two training tiles in the buffer around test."""
+    tiles, pairs, splits = inputs
+    rows = splits.read().to_pylist()
+    near = [IDS[2], IDS[8]]
+    changed = [row | {"part": "buffer"} if row["tile_id"] in near and row["split"] == "blocks" else row for row in rows]
+    return tiles, pairs, store(tmp_path_factory.mktemp("buffered") / "splits", "splits", changed, SPLITS)
+
+
+def test_tiles_in_the_buffer_around_test_are_kept_out_and_counted(buffered, packed, tmp_path):
+    shards = pack(buffered, tmp_path / "shards")
+    assert set(packed.read()["tile_id"].to_pylist()) - set(shards.read()["tile_id"].to_pylist()) == {IDS[2], IDS[8]}
+    assert shards.manifest.rejects["in the buffer around test"] == 2
+    assert shards.manifest.rows_in == shards.manifest.rows_out + sum(shards.manifest.rejects.values())
+
+
+def test_a_transductive_pretraining_sees_test_tiles_and_the_buffer(buffered, tmp_path):
+    tiles, pairs, splits = buffered
+    with publish(str(tmp_path / "shards"), "shards", {}, {}) as publication:
+        pack_shards(tiles, pairs, splits, "blocks", PackConfig(rows_per_file=4), publication, transductive=True)
+    parts = {row["tile_id"]: row["part"] for row in open_dataset(str(tmp_path / "shards")).read().to_pylist()}
+    assert len(parts) == NUM_TILES - 3
+    assert {parts[IDS[n]] for n in (0, 5, 10, 2, 8)} == {"train"}  # test tiles and the buffer
+    assert {parts[IDS[n]] for n in (1, 11)} == {"val"}
