@@ -87,7 +87,9 @@ def run_experiment_job(description: str | None) -> None:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", required=True, metavar="NAME", help="what is pretrained")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key of it; repeatable")
-    parser.add_argument("--probe-recipe", required=True, metavar="NAME", help="what all weights are probed on")
+    parser.add_argument(
+        "--probe-recipe", metavar="NAME", help="what all weights are probed on (default: the tiles of --recipe)"
+    )
     parser.add_argument("--probe-set", action="append", default=[], metavar="KEY=VALUE", help="change one key of that")
     parser.add_argument("--storage", metavar="URI", help="where datasets and results go: a local path or s3://bucket/prefix")
     parser.add_argument("--seeds", type=_positive, default=3, metavar="N", help="pretraining seeds (default: 3)")
@@ -97,7 +99,8 @@ def run_experiment_job(description: str | None) -> None:
     with errors_in_one_line():
         place = [f"storage={arguments.storage}"] if arguments.storage else []
         pretraining = apply_overrides(load_recipe(arguments.recipe), [*arguments.set, *place])
-        probing = apply_overrides(load_recipe(arguments.probe_recipe), [*arguments.probe_set, *place])
+        probed = load_recipe(arguments.probe_recipe) if arguments.probe_recipe else pretraining
+        probing = apply_overrides(probed, [*arguments.probe_set, *place])
         from urbanclip_ray.experiment import Experiment, list_arms, markdown, run_experiment
         from urbanclip_ray.storage import join
 

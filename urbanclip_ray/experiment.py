@@ -35,7 +35,7 @@ NOTE = (
 class Experiment(NamedTuple):
     """`pretraining` is trained with every seed, its `arms` with the first `num_arm_seeds` of them.
 
-    `probing` judges all weights of a seed at once, by URI, on tiles of its own.
+    `probing` judges all weights of a seed at once, by URI, on tiles of its own or the same.
     """
 
     pretraining: RunConfig
@@ -140,8 +140,10 @@ def _probe_seed(
     embed = {"weights": weights.get(TEXT, NO_WEIGHTS), "also": also}
     own = (TEXT, "untrained") if TEXT in weights else ()
     # ridge alone where no method is named: the paper's MLP on every arm would take longer than the pretrainings
-    methods = experiment.probing.probe.methods or (*own, *also, *experiment.probing.baselines.names, *FREE)
-    config = change(seeded(experiment.probing, seed), {"embed": embed, "probe": {"methods": methods}})
+    baselines = tuple(name for name in experiment.probing.baselines.names if name not in also)
+    methods = experiment.probing.probe.methods or (*own, *also, *baselines, *FREE)
+    changes = {"embed": embed, "probe": {"methods": methods}, "baselines": {"names": baselines}}
+    config = change(seeded(experiment.probing, seed), changes)
     run = _attempt(f"probe, seed {seed}", config, PROBING_JOBS, record, timings)
     return [] if run is None else score(run.datasets["probe"], config.split.outer, seed)
 
