@@ -69,7 +69,8 @@ def run_experiment(experiment: Experiment, uri: str) -> dict[str, Any]:
     known = ablations(experiment.pretraining)
     if unknown := [arm for arm in experiment.arms if arm not in known]:
         raise ConfigError(f"arms {unknown} are none of this recipe; it has {', '.join(known)}")
-    record: dict[str, Any] = {"note": NOTE, "seeds": list(experiment.seeds), "failures": [], "datasets": {}, "wall_s": {}}
+    record: dict[str, Any] = {"note": NOTE, "seeds": list(experiment.seeds), "failures": [], "datasets": {}}
+    record |= {"baselines": {}, "wall_s": {}}
     scores: list[Score] = []
     timings = _Timings(join(uri, "wall_s.json"))
     for place, seed in enumerate(experiment.seeds):
@@ -77,6 +78,7 @@ def run_experiment(experiment: Experiment, uri: str) -> dict[str, Any]:
         weights: dict[str, str] = {}
         for arm in arms:
             weights |= _train_arm(experiment, arm, seed, record, timings)
+        weights |= _train_baselines(seeded(experiment.pretraining, seed), seed, record, timings)
         if weights:
             scores += _probe_seed(experiment, weights, seed, record, timings)
         record["wall_s"] = timings.seconds
@@ -87,14 +89,17 @@ def run_experiment(experiment: Experiment, uri: str) -> dict[str, Any]:
 
 
 class _Timings:
-    """Wall seconds of what was made, kept from one run of the command to the next: a stage that is found took none."""
+    """Wall seconds of what was made, kept from one run of the command to the next, which finds it again in a moment.
+
+    What was interrupted has the longest of its attempts.
+    """
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
         self.seconds: dict[str, float] = json.loads(read_bytes(uri)) if exists(uri) else {}
 
     def add(self, name: str, seconds: float) -> None:
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + seconds, 1)
+        self.seconds[name] = max(self.seconds.get(name, 0.0), round(seconds, 1))
         write_bytes(self._uri, json.dumps(self.seconds, indent=1).encode())
 
 
@@ -119,17 +124,34 @@ def seeded(config: RunConfig, seed: int) -> RunConfig:
 
 
 def _train_arm(experiment: Experiment, arm: str, seed: int, record: dict[str, Any], timings: _Timings) -> dict[str, str]:
-    """Weights by the name of the representation that they become: `full` brings `pretrained` and its baselines."""
+    """Weights by the name of the representation that they become: `full` brings `pretrained`."""
     config = seeded(ablations(experiment.pretraining)[arm], seed)
-    if arm != FULL and arm != WITHOUT_TEXT:
-        config = change(config, {"baselines": {"names": ()}})
+    if arm == WITHOUT_TEXT:
+        return _train_baselines(config, seed, record, timings)
+    config = change(config, {"baselines": {"names": ()}})
     run = _attempt(f"{arm}, seed {seed}", config, TRAINING_JOBS, record, timings)
-    if run is None:
+    return {} if run is None else {TEXT if arm == FULL else arm: weights_folder(run.datasets["pretrain"])}
+
+
+def _train_baselines(config: RunConfig, seed: int, record: dict[str, Any], timings: _Timings) -> dict[str, str]:
+    """All of them side by side; where that fails, one by one, so that only what fails is missing."""
+    names = config.baselines.names
+    alone = change(config, {"embed": {"weights": NO_WEIGHTS}})
+    if not names:
         return {}
-    prefix = "trained_"
-    found = {name.removeprefix(prefix): made.uri for name, made in run.datasets.items() if name.startswith(prefix)}
-    if "pretrain" in run.datasets:
-        found[TEXT if arm == FULL else arm] = weights_folder(run.datasets["pretrain"])
+    run = _attempt(f"baselines {', '.join(names)}, seed {seed}", alone, TRAINING_JOBS, record, timings)
+    if run is None and len(names) > 1:
+        record["failures"].pop()  # the one that fails says it again
+        found: dict[str, str] = {}
+        for name in names:
+            one = change(alone, {"baselines": {"names": (name,)}})
+            found |= _train_baselines(one, seed, record, timings)
+        return found
+    found = {}
+    for name in names if run is not None else ():
+        made = run.datasets[f"trained_{name}"]
+        found[name] = made.uri
+        record["baselines"][f"{name}, seed {seed}"] = made.manifest.facts  # samples seen, wall seconds, losses
     return found
 
 

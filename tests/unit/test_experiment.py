@@ -156,6 +156,8 @@ def test_an_arm_that_fails_is_a_row_and_the_others_go_on(monkeypatch, tmp_path, 
     asked = []
 
     def fake(config, jobs):
+        if config.baselines.names:
+            raise ConfigError(f"no {' and '.join(config.baselines.names)}")
         asked.append((config.run, config.train.caption_weight, config.train.seed, tuple(jobs)))
         if config.train.caption_weight == 0:
             raise ConfigError("no words")
@@ -172,7 +174,14 @@ def test_an_arm_that_fails_is_a_row_and_the_others_go_on(monkeypatch, tmp_path, 
     base = load_recipe("rsicd_against_none")
     experiment = Experiment(base, load_recipe("kingcounty_probe"), ("without_caption", "paragraph"), (0, 1), 1)
     record = run_experiment(experiment, str(tmp_path / "out"))
-    assert record["failures"] == [{"what": "without_caption, seed 0", "error": "no words"}]
+    assert record["failures"] == [
+        {"what": "without_caption, seed 0", "error": "no words"},
+        *(
+            {"what": f"baselines {name}, seed {seed}", "error": f"no {name}"}
+            for seed in (0, 1)
+            for name in ("simclr", "image_only", "pca")
+        ),
+    ]
     assert [seed for *_, seed, _ in asked] == [0, 0, 0, 0, 1, 1]
     table = {row["method"]: row for row in csv.DictReader((tmp_path / "out" / "results.csv").open())}
     assert float(table["good"]["r2"]) == pytest.approx(0.992)
