@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import open_clip
+import pyarrow as pa
 import pytest
 import safetensors.torch
 import torch
@@ -18,12 +19,13 @@ from torch.nn import functional as F
 
 from urbanclip_ray.config import ConfigError, ModelConfig
 from urbanclip_ray.evaluate.encoders import find_encoder, load_encoder
+from urbanclip_ray.evaluate.training_tiles import training_tiles
 from urbanclip_ray.model.architectures import open_clip_config
 from urbanclip_ray.model.coca import build_model
 from urbanclip_ray.model.image_tower import TowerFeatures, make_tower
 from urbanclip_ray.model.tokenize import train_bpe
 from urbanclip_ray.model.weights import load_model, weight_files
-from urbanclip_ray.storage import publish
+from urbanclip_ray.storage import open_dataset, publish
 
 CLIP = {  # no CoCa: a plain CLIP with its own pixel statistics
     "embed_dim": 32,
@@ -175,6 +177,17 @@ def test_a_baseline_is_found_in_its_run_by_name(tmp_path):
         find_encoder(str(run))
     with pytest.raises(ConfigError, match="is no run"):
         find_encoder(f"{tmp_path}#pca")
+
+
+def test_the_probe_finds_out_which_tiles_a_baseline_was_trained_on(tmp_path):
+    ids = pa.table({"tile_id": ["r/1", "r/2"]})
+    with publish(str(tmp_path / "trained_simclr" / "0123"), "trained_simclr", {}, {}) as publication:
+        publication.write_table(ids)
+        publication.write_file("encoder.json", b"{}")
+    folder = find_encoder(str(tmp_path / "trained_simclr" / "0123"))
+    with publish(str(tmp_path / "baseline_simclr"), "baseline_simclr", {}, {}) as publication:
+        publication.facts["weights"] = {"uri": folder, "digest": "0123"}
+    assert training_tiles(open_dataset(str(tmp_path / "baseline_simclr"))).to_pylist() == ["r/1", "r/2"]
 
 
 def test_a_folder_without_an_image_tower_is_refused(clip, tmp_path):
