@@ -140,18 +140,16 @@ def _train_baselines(config: RunConfig, seed: int, record: dict[str, Any], timin
     if not names:
         return {}
     run = _attempt(f"baselines {', '.join(names)}, seed {seed}", alone, TRAINING_JOBS, record, timings)
-    if run is None and len(names) > 1:
-        record["failures"].pop()  # the one that fails says it again
-        found: dict[str, str] = {}
+    found: dict[str, str] = {}
+    if run is not None:
         for name in names:
-            one = change(alone, {"baselines": {"names": (name,)}})
-            found |= _train_baselines(one, seed, record, timings)
-        return found
-    found = {}
-    for name in names if run is not None else ():
-        made = run.datasets[f"trained_{name}"]
-        found[name] = made.uri
-        record["baselines"][f"{name}, seed {seed}"] = made.manifest.facts  # samples seen, wall seconds, losses
+            made = run.datasets[f"trained_{name}"]
+            found[name] = made.uri
+            record["baselines"][f"{name}, seed {seed}"] = made.manifest.facts  # samples seen, wall seconds, losses
+    elif len(names) > 1:
+        record["failures"].pop()  # the one that fails says it again
+        for name in names:
+            found |= _train_baselines(change(alone, {"baselines": {"names": (name,)}}), seed, record, timings)
     return found
 
 
@@ -164,7 +162,7 @@ def _probe_seed(
     # ridge alone where no method is named: the paper's MLP on every arm would take longer than the pretrainings
     baselines = tuple(name for name in experiment.probing.baselines.names if name not in also)
     methods = experiment.probing.probe.methods or (*own, *also, *baselines, *FREE)
-    changes = {"embed": embed, "probe": {"methods": methods}, "baselines": {"names": baselines}}
+    changes: dict[str, dict[str, Any]] = {"embed": embed, "probe": {"methods": methods}, "baselines": {"names": baselines}}
     config = change(seeded(experiment.probing, seed), changes)
     run = _attempt(f"probe, seed {seed}", config, PROBING_JOBS, record, timings)
     return [] if run is None else score(run.datasets["probe"], config.split.outer, seed)
