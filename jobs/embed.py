@@ -1,4 +1,4 @@
-"""Embed: the frozen image encoder turns tiles into vectors; retrieval of the held-out tiles is measured.
+"""Embed: frozen image encoders (ours, baselines, embed.also) turn tiles into vectors; retrieval of held-out tiles is measured.
 
 example: python jobs/embed.py --recipe own_tiles --set source.uri=my_tiles --set embed.views=8
 """
@@ -6,4 +6,4 @@ example: python jobs/embed.py --recipe own_tiles --set source.uri=my_tiles --set
 from urbanclip_ray.command_line import run_job
 
 if __name__ == "__main__":
-    run_job(__doc__, sections=["embed", "pixels"], stages=["embeddings", "untrained", "retrieval"])
+    run_job(__doc__, sections=["embed", "pixels"], stages=["embed"])

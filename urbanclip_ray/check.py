@@ -87,7 +87,7 @@ def _findings(given: RunConfig, only: Sequence[str] | None) -> list[Finding]:
         attempt("hosts", partial(refuse_paths_of_one_host, config, cluster), "every host sees the paths of the run"),
         *check_nodes(config, cluster),
     ]
-    names = [stage.name for stage in walk(only) if is_asked_for(stage, only)]
+    names = [stage.name for stage in walk(config, only) if is_asked_for(stage, only)]
     for demand in list_demands(config, names):
         places = describe_places(demand, cluster)
         findings.append(attempt("resources", partial(refuse_impossible, demand, cluster), places))

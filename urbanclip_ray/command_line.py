@@ -118,6 +118,35 @@ def run_verification(description: str | None) -> None:
             raise VerificationError(f"{output} says that these do not hold: {'; '.join(failed)}")
 
 
+def run_experiment_job(description: str | None) -> None:
+    """Pretrain a recipe and its ablations with several seeds, probe them all on another recipe's tiles, and print the table."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", required=True, metavar="NAME", help="what is pretrained")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key of it; repeatable")
+    parser.add_argument(
+        "--probe-recipe", metavar="NAME", help="what all weights are probed on (default: the tiles of --recipe)"
+    )
+    parser.add_argument("--probe-set", action="append", default=[], metavar="KEY=VALUE", help="change one key of that")
+    parser.add_argument("--storage", metavar="URI", help="where datasets and results go: a local path or s3://bucket/prefix")
+    parser.add_argument("--seeds", type=_positive, default=3, metavar="N", help="pretraining seeds (default: 3)")
+    parser.add_argument("--arms", nargs="*", metavar="ARM", help="ablations (default: all that the recipe has)")
+    parser.add_argument("--arm-seeds", type=_positive, default=1, metavar="N", help="seeds of the ablations (default: 1)")
+    arguments = parser.parse_args()
+    with errors_in_one_line():
+        place = [f"storage={arguments.storage}"] if arguments.storage else []
+        pretraining = apply_overrides(load_recipe(arguments.recipe), [*arguments.set, *place])
+        probed = load_recipe(arguments.probe_recipe) if arguments.probe_recipe else pretraining
+        probing = apply_overrides(probed, [*arguments.probe_set, *place])
+        from urbanclip_ray.experiment import Experiment, list_arms, markdown, run_experiment
+        from urbanclip_ray.storage import join
+
+        arms = tuple(list_arms(pretraining) if arguments.arms is None else arguments.arms)
+        experiment = Experiment(pretraining, probing, arms, tuple(range(arguments.seeds)), arguments.arm_seeds)
+        uri = join(pretraining.storage, f"{pretraining.run}-experiment")
+        print(markdown(run_experiment(experiment, uri)))
+        print(f"results: {uri}/results.md, results.csv and results.json")
+
+
 def run_leak_table(description: str | None) -> None:
     """Print the leak table of a source's labels, and write it below `<storage>/<run>/leak_table`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -23,8 +23,8 @@ def build_config(tree: dict[str, Any]) -> RunConfig:
 def apply_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
     """A new config with `key=value` items such as `train.lr=1e-4` applied, in order.
 
-    Values are read as JSON where they are JSON (numbers, true, null, lists), `[a, b]` as a YAML list, else as text:
-    `stores=[{root: s3://public, anonymous: true}]` is a list of one store. `{a: b}` is a YAML mapping.
+    Values are read as JSON where they are JSON (numbers, true, null, lists), `[a, b]` and `{name: value}` as YAML, else text:
+    `stores=[{root: s3://public, anonymous: true}]` is a list of one store.
     """
     tree = config.model_dump()
     for item in overrides:
@@ -39,12 +39,12 @@ def _parse_value(key: str, text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError:
-        if text.startswith(("[", "{")):
-            form = "a list: write [a, b]" if text.startswith("[") else "a mapping: write {a: b}"
+        kinds = {"[": "list: write [a, b]", "{": "mapping: write {name: value}"}
+        if (kind := kinds.get(text[:1])) is not None:
             try:
                 return yaml.safe_load(text)
             except yaml.YAMLError:
-                raise ConfigError(f"{key}: {text!r} is not {form}") from None
+                raise ConfigError(f"{key}: {text!r} is not a {kind}") from None
         return text
 
 

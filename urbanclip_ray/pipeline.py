@@ -17,9 +17,10 @@ from rich.table import Table
 from urbanclip_ray.config import RunConfig
 from urbanclip_ray.plan import is_asked_for, walk
 from urbanclip_ray.preflight import refuse_unfit_run
+from urbanclip_ray.representations import stages_of
 from urbanclip_ray.search_results import show_search
 from urbanclip_ray.sources.label_files import fingerprint_labels
-from urbanclip_ray.stages import SEARCH, STAGES, Run, Stage, check_search
+from urbanclip_ray.stages import SEARCH, Run, Stage, check_search
 from urbanclip_ray.storage import (
     Dataset,
     MissingDatasetError,
@@ -56,7 +57,7 @@ def run_stages(config: RunConfig, only: Sequence[str] | None) -> Run:
     summary = Table(title=f"run {config.run}", title_justify="left")
     for name in ("stage", "", "in", "out", "rejected", "dataset"):
         summary.add_column(name, justify="right" if name in ("in", "out") else "left", overflow="fold")
-    for stage in walk(only):
+    for stage in walk(config, only):
         if not stage.wanted(run):
             continue
         made_s = run_stage(run, stage, console, make=is_asked_for(stage, only))
@@ -73,11 +74,11 @@ def run_stages(config: RunConfig, only: Sequence[str] | None) -> Run:
 
 def find_parents(config: RunConfig, name: str) -> Run:
     """A run with every dataset that the stage `name` is made of; MissingDatasetError names the job to run first."""
-    needed = {name}
-    for stage in reversed(STAGES):
+    needed, stages = {name}, stages_of(config)
+    for stage in reversed(stages):
         needed |= set(stage.parents) if stage.name in needed else set()
     run = Run(config)
-    for stage in STAGES:
+    for stage in stages:
         if stage.name in needed - {name} and stage.wanted(run):
             run_stage(run, stage, open_console(), make=False)
     return run

@@ -8,8 +8,9 @@ from typing import NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from urbanclip_ray.config import ModelConfig, RunConfig
-from urbanclip_ray.stages import SEARCH, SEARCH_STAGES, STAGES, Run, Stage
+from urbanclip_ray.config import ConfigError, ModelConfig, RunConfig
+from urbanclip_ray.representations import stages_of
+from urbanclip_ray.stages import SEARCH, SEARCH_STAGES, Run, Stage
 from urbanclip_ray.storage import Dataset, dataset_uri, find_dataset, join
 from urbanclip_ray.terminal import counted, open_console
 
@@ -31,7 +32,7 @@ class PlannedStage(NamedTuple):
 def survey(run: Run, only: Sequence[str] | None) -> list[PlannedStage]:
     """Every stage up to the last one asked for (None: all), in order; datasets that exist are added to the run."""
     found: dict[str, PlannedStage] = {}
-    for stage in walk(only):
+    for stage in walk(run.config, only):
         if not stage.wanted(run):
             continue
         after = tuple(name for name in stage.parents if name in found and found[name].dataset is None)
@@ -46,19 +47,27 @@ def survey(run: Run, only: Sequence[str] | None) -> list[PlannedStage]:
     return list(found.values())
 
 
-def walk(only: Sequence[str] | None) -> tuple[Stage, ...]:
-    """The stages that a job walks through: up to the last one that it names, all for the report; a search has its own."""
+def walk(config: RunConfig, only: Sequence[str] | None) -> tuple[Stage, ...]:
+    """The stages that a job walks through: up to the last one asked for, all for the report; a search has its own.
+
+    Raises ConfigError where the run has none of them.
+    """
     if only is not None and SEARCH.name in only:
         return SEARCH_STAGES
+    stages = stages_of(config)
     if only is None or "report" in only:
-        return STAGES
-    names = [stage.name for stage in STAGES]
-    return STAGES[: max(names.index(name) for name in only) + 1]
+        return stages
+    places = [place for place, stage in enumerate(stages) if is_asked_for(stage, only)]
+    if not places:
+        raise ConfigError(
+            f"this run has no stage of {', '.join(only)}: name baselines, for example baselines.names=[pca, simclr]"
+        )
+    return stages[: places[-1] + 1]
 
 
 def is_asked_for(stage: Stage, only: Sequence[str] | None) -> bool:
-    """Whether a job makes this stage where it is missing: a search makes whatever it needs."""
-    return only is None or stage.name in only or SEARCH.name in only
+    """Whether a job makes this stage where it is missing: `only` names stages or their jobs; a search makes what it needs."""
+    return only is None or stage.name in only or stage.job in only or SEARCH.name in only
 
 
 def show_plan(config: RunConfig, only: Sequence[str] | None) -> None:

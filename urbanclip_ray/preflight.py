@@ -12,11 +12,13 @@ from urbanclip_ray import dataflow
 from urbanclip_ray.cluster import Cluster, read_cluster, worker_resources
 from urbanclip_ray.config import RunConfig
 from urbanclip_ray.errors import UserError
+from urbanclip_ray.places import list_places
 from urbanclip_ray.plan import survey
-from urbanclip_ray.stages import Run, list_places
+from urbanclip_ray.stages import Run
 from urbanclip_ray.storage import StorageError, delete_folder, join, open_dataset, publish
 from urbanclip_ray.terminal import counted
 
+EMBEDDED_PREFIXES = ("pretrained_", "baseline_", "also_")  # of stages that a config adds
 JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray's job server gives the process that it starts
 
 
@@ -110,7 +112,13 @@ def list_demands(config: RunConfig, to_make: Sequence[str]) -> list[Demand]:
                 "lower resources.num_workers, resources.cpus_per_worker or resources.use_gpu",
             )
         )
-    if config.embed.gpus_per_actor and {"embeddings", "untrained"} & set(to_make):
+    baselines = config.baselines
+    if any(name.startswith("trained_") for name in to_make):
+        each = {"CPU": float(baselines.cpus_per_task)} | ({"GPU": baselines.gpus_per_task} if baselines.gpus_per_task else {})
+        fix = "lower baselines.cpus_per_task or baselines.gpus_per_task"
+        demands.append(Demand("task of a baseline", 1, each, fix))
+    embeds = any(name in ("embeddings", "untrained") or name.startswith(EMBEDDED_PREFIXES) for name in to_make)
+    if config.embed.gpus_per_actor and embeds:
         demands.append(Demand("embedding actor", 1, {"GPU": config.embed.gpus_per_actor}, "lower embed.gpus_per_actor"))
     return demands
 

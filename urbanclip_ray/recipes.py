@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from urbanclip_ray.ablations import ablations
 from urbanclip_ray.config import (
     AugmentConfig,
+    BaselinesConfig,
     CaptionConfig,
     ConfigError,
     Domain,
     EmbedConfig,
     FolderSource,
     ModelConfig,
+    PixelsConfig,
     ProbeConfig,
     RefineConfig,
     ResourcesConfig,
@@ -84,6 +87,40 @@ def rsicd_small() -> RunConfig:
         split=SplitConfig(outer="source", val_share=0.05, num_draws=1),
         model=ModelConfig(architecture="coca_tiny_96", vocab_size=2000, patch_dropout=0.5),
         train=TrainConfig(epochs=24, augment=AugmentConfig(min_area_share=0.4, flips=True, brightness=0.2)),
+    )
+
+
+def rsicd_against_none() -> RunConfig:
+    """Text against no text on RSICD: a pretraining of minutes, and baselines with as many samples, for jobs/experiment.py."""
+    base = rsicd_small()
+    return base.model_copy(
+        update={
+            "run": "rsicd_against_none",
+            "refine": RefineConfig(),  # each sentence of a tile once: the benchmark's gallery is not asked for here
+            "train": base.train.model_copy(
+                update={"epochs": 3, "contrastive_batch_size": 128, "global_batch_size": 128, "lr": 5e-4, "validations": 1}
+            ),
+            "baselines": BaselinesConfig(names=("simclr", "image_only", "pca")),
+        }
+    )
+
+
+def kingcounty_probe() -> RunConfig:
+    """Weights judged on tiles around sold houses, in zipcodes that the probe never saw; for jobs/experiment.py."""
+    base = probe_weights()
+    return base.model_copy(
+        update={
+            "run": "kingcounty_probe",
+            "source": FolderSource(
+                metadata="labels.csv",
+                group_column="zipcode",
+                indicators=("price", "price_per_sqft", "mean_price_per_sqft_500m_others", "n_houses_500m", "sqft_lot"),
+            ),
+            "pixels": PixelsConfig(crop_bottom_px=20),  # an attribution strip, which a model would read
+            "split": SplitConfig(outer="group", num_draws=5),
+            "embed": EmbedConfig(views=8, features="tokens"),
+            "probe": ProbeConfig(target="log", methods=()),
+        }
     )
 
 
@@ -214,6 +251,8 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
         world_demo,
         demo_search,
         rsicd_small,
+        rsicd_against_none,
+        kingcounty_probe,
         own_tiles,
         probe_weights,
         urbanclip_beijing,
@@ -226,7 +265,14 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 
 
 def load_recipe(name: str) -> RunConfig:
-    """The config of a recipe; raises ConfigError naming the recipes there are."""
-    if name not in RECIPES:
-        raise ConfigError(f"--recipe {name!r} is not known; choose one of {', '.join(RECIPES)}")
-    return RECIPES[name]()
+    """The config of a recipe, or of one of its ablations as RECIPE/ARM; raises ConfigError naming those there are."""
+    base, slash, arm = name.partition("/")
+    if base not in RECIPES:
+        raise ConfigError(f"--recipe {base!r} is not known; choose one of {', '.join(RECIPES)}")
+    config = RECIPES[base]()
+    if not slash:
+        return config
+    arms = ablations(config)
+    if arm not in arms:
+        raise ConfigError(f"--recipe {name!r}: {base} has no ablation {arm!r}; choose one of {', '.join(arms)}")
+    return arms[arm]

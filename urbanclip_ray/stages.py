@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from urbanclip_ray.captioners.model_files import ModelReference, is_directory, resolve_model
-from urbanclip_ray.config import ConfigError, RunConfig, UrbanClipSource, WorldSource
+from urbanclip_ray.captioners.model_files import ModelReference, resolve_model
+from urbanclip_ray.config import NO_WEIGHTS, ConfigError, RunConfig
 from urbanclip_ray.filesystems import use_stores
+from urbanclip_ray.places import list_places, with_absolute_paths
 from urbanclip_ray.sources import open_source
-from urbanclip_ray.storage import Dataset, Publication, absolute, exists, find_dataset, join, read_bytes
+from urbanclip_ray.storage import Dataset, Publication, exists, find_dataset, join, read_bytes
 from urbanclip_ray.terminal import open_console
 
 if TYPE_CHECKING:
@@ -27,8 +28,9 @@ class Run:
 
     def __init__(self, config: RunConfig) -> None:
         use_stores(config.stores)
-        self.config = _with_absolute_paths(config)
+        self.config = with_absolute_paths(config)
         self.datasets: dict[str, Dataset] = {}
+        self.baseline_tasks: dict[str, Any] = {}  # baselines whose training has been started, by name
 
     @cached_property
     def source(self) -> Any:
@@ -41,6 +43,10 @@ class Run:
     @property
     def pretrains(self) -> bool:
         return not self.config.embed.weights
+
+    @property
+    def has_pretrained(self) -> bool:
+        return self.config.embed.weights != NO_WEIGHTS
 
     @property
     def uri(self) -> str:
@@ -72,44 +78,21 @@ class Run:
 
         return identify_start(self.config.model)
 
+    def encoder_uri(self, name: str) -> str:
+        """What is opened for the representation `name` of `embed.also`."""
+        from urbanclip_ray.evaluate.encoders import find_encoder
+
+        return find_encoder(self.config.embed.also[name])
+
+    @cached_property
+    def also_digests(self) -> dict[str, str]:
+        """What the weights of `embed.also` are, wherever they lie; those that cannot be loaded raise ConfigError here."""
+        from urbanclip_ray.evaluate.encoders import load_encoder
+
+        return {name: load_encoder(self.encoder_uri(name)).digest for name in self.config.embed.also}
+
     def weights_uri(self) -> str:
         return weights_folder(self.datasets["pretrain"]) if self.pretrains else self.given_weights
-
-
-def list_places(config: RunConfig) -> dict[str, str]:
-    """The keys that name a place which a run reads or writes, with their paths and URIs."""
-    values = {
-        "storage": config.storage,
-        "source.uri": getattr(config.source, "uri", ""),
-        "source.release": getattr(config.source, "release", ""),
-        "labels.csv": config.labels.csv,
-        **{f"labels.rasters.{name}": raster.uri for name, raster in config.labels.rasters.items()},
-        "caption.model": config.caption.model if is_directory(config.caption.model) else "",
-        "model.pretrained": config.model.pretrained if config.model.pretrained_is_file else "",
-        "embed.weights": config.embed.weights,
-        "report.experiment": config.report.experiment,
-    }
-    return {key: value for key, value in values.items() if value}
-
-
-def _with_absolute_paths(config: RunConfig) -> RunConfig:
-    source, model = config.source, config.model
-    if not isinstance(source, WorldSource):
-        source = source.model_copy(update={"uri": absolute(source.uri)})
-    if isinstance(source, UrbanClipSource):
-        source = source.model_copy(update={"release": absolute(source.release)})
-    if model.pretrained_is_file:
-        model = model.model_copy(update={"pretrained": absolute(model.pretrained)})
-    report = config.report.model_copy(update={"experiment": absolute(config.report.experiment)})
-    embed = config.embed.model_copy(update={"weights": absolute(config.embed.weights)})
-    caption = config.caption
-    if is_directory(caption.model):
-        caption = caption.model_copy(update={"model": absolute(caption.model)})
-    rasters = {name: raster.model_copy(update={"uri": absolute(raster.uri)}) for name, raster in config.labels.rasters.items()}
-    labels = config.labels.model_copy(update={"csv": absolute(config.labels.csv), "rasters": rasters})
-    changed: dict[str, Any] = {"storage": absolute(config.storage), "source": source, "labels": labels}
-    changed |= {"model": model, "caption": caption, "embed": embed, "report": report}
-    return config.model_copy(update=changed)
 
 
 class Stage(NamedTuple):
@@ -209,19 +192,19 @@ def _pretrain(run: Run, publication: Publication) -> None:
     pretrain(run.config, run.datasets["shards"], publication)
 
 
-def _embed(run: Run, publication: Publication, untrained_seed: int | None) -> None:
+def _embeddings(run: Run, publication: Publication) -> None:
     from urbanclip_ray.evaluate.embed import embed_tiles
 
     config = run.config
-    embed_tiles(run.datasets["tiles"], run.weights_uri(), config.embed, config.pixels, publication, untrained_seed)
-
-
-def _embeddings(run: Run, publication: Publication) -> None:
-    _embed(run, publication, None)
+    embed_tiles(run.datasets["tiles"], run.weights_uri(), config.embed, config.pixels, publication)
 
 
 def _untrained(run: Run, publication: Publication) -> None:
-    _embed(run, publication, run.config.model.seed)
+    from urbanclip_ray.evaluate.embed import embed_tiles
+
+    config, seed = run.config, run.config.model.seed
+    tiles, features = run.datasets["tiles"], run.config.embed.features
+    embed_tiles(tiles, run.weights_uri(), config.embed, config.pixels, publication, seed, features)
 
 
 def _retrieval(run: Run, publication: Publication) -> None:
@@ -242,12 +225,11 @@ def _probe(run: Run, publication: Publication) -> None:
     from urbanclip_ray.evaluate.probe import probe
 
     config, made = run.config, run.datasets
-    embeddings = {"pretrained": made["embeddings"], "untrained": made["untrained"], "prompts": made["prompts"]}
     probe(
         made["labels"],
         made["splits"],
         made["tiles"],
-        embeddings,
+        representations(made),
         config.probe,
         config.pixels,
         publication,
@@ -255,13 +237,35 @@ def _probe(run: Run, publication: Publication) -> None:
     )
 
 
+def representations(made: Mapping[str, Dataset]) -> dict[str, Dataset]:
+    """The embeddings that a run has, by what made them: pretrained, untrained, prompts, baselines, those of embed.also."""
+    found = {name: made[name] for name in ("untrained", "prompts") if name in made}
+    if "embeddings" in made:
+        found["pretrained"] = made.get("pretrained_features", made["embeddings"])
+    prefixes = ("baseline_", "also_")
+    return found | {
+        stage.removeprefix(prefix): dataset
+        for stage, dataset in made.items()
+        for prefix in prefixes
+        if stage.startswith(prefix)
+    }
+
+
 def _pretrain_content(run: Run) -> dict[str, Any]:
     return run.config.pretrain_content() | ({"start": run.start} if run.config.model.pretrained else {})
 
 
-def _embed_content(run: Run) -> dict[str, Any]:
+def embed_content(run: Run, with_features: bool = True) -> dict[str, Any]:
+    """How tiles become vectors; texts are compared with the output alone, whatever `embed.features` asks for."""
+    embed = run.config.embed.content()
+    if not with_features or run.config.embed.features == "embedding":
+        del embed["features"]
+    return {"embed": embed, "pixels": run.config.pixels.content()}
+
+
+def pretrained_content(run: Run, with_features: bool = True) -> dict[str, Any]:
     weights = {} if run.pretrains else {"weights_digest": run.given_weights_digest}
-    return {"embed": run.config.embed.content(), "pixels": run.config.pixels.content()} | weights
+    return embed_content(run, with_features) | weights
 
 
 def _is_needed_for_probe(run: Run) -> bool:
@@ -315,14 +319,21 @@ STAGES: tuple[Stage, ...] = (
         _pretrain,
         lambda run: run.pretrains,
     ),
-    Stage("embeddings", "embed", ("tiles", "pretrain"), _embed_content, _embeddings, lambda _: True),
+    Stage(
+        "embeddings",
+        "embed",
+        ("tiles", "pretrain"),
+        lambda run: pretrained_content(run, with_features=False),
+        _embeddings,
+        lambda run: run.has_pretrained,
+    ),
     Stage(
         "untrained",
         "embed",
         ("tiles", "pretrain"),
-        lambda run: _embed_content(run) | {"untrained_seed": run.config.model.seed},
+        lambda run: pretrained_content(run) | {"untrained_seed": run.config.model.seed},
         _untrained,
-        _is_needed_for_probe,
+        lambda run: run.has_pretrained and run.has_labels,
     ),
     Stage(
         "retrieval",
@@ -338,7 +349,7 @@ STAGES: tuple[Stage, ...] = (
         ("embeddings",),
         lambda run: {"prompts": run.config.prompts.content()},
         _prompts,
-        lambda _: True,  # every encoder that can be in `embeddings` is a CoCa's, which has a text tower
+        lambda run: run.has_pretrained,  # which is a CoCa, with a text tower
     ),
     Stage(
         "probe",

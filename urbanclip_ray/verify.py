@@ -22,7 +22,8 @@ from urbanclip_ray import dataflow
 from urbanclip_ray.config import ResourcesConfig, RunConfig
 from urbanclip_ray.errors import UserError
 from urbanclip_ray.pipeline import run_stage
-from urbanclip_ray.stages import STAGES, Run
+from urbanclip_ray.representations import stages_of
+from urbanclip_ray.stages import Run
 from urbanclip_ray.storage import library_versions, read_bytes
 from urbanclip_ray.train.device import DEVICE_FILE
 
@@ -116,7 +117,7 @@ def _make_stages(config: RunConfig) -> tuple[Run, dict[str, float | None]]:
     """The run and the seconds that each stage took, None where it was complete before."""
     console = Console()
     run = Run(config)
-    seconds = {stage.name: run_stage(run, stage, console, make=True) for stage in STAGES if stage.wanted(run)}
+    seconds = {stage.name: run_stage(run, stage, console, make=True) for stage in stages_of(config) if stage.wanted(run)}
     return run, seconds
 
 

@@ -16,7 +16,17 @@ PACKAGE = Path(urbanclip_ray.__file__).parent
 ROOT = PACKAGE.parent
 LIGHT = [
     *("", ".errors", ".remote_errors", ".config", ".overrides", ".recipes", ".schema", ".storage", ".command_line"),
-    *(".object_storage", ".filesystems", ".imagery", ".sources", ".stages", ".plan", ".search_space"),
+    *(
+        ".object_storage",
+        ".filesystems",
+        ".imagery",
+        ".sources",
+        ".places",
+        ".stages",
+        ".representations",
+        ".plan",
+        ".search_space",
+    ),
     *(".geo.baidu", ".geo.zonal", ".sources.label_files"),
     *(".captioners.model_files", ".captioners.store", ".captioners.vision_language"),
 ]
@@ -38,9 +48,13 @@ USES_RAY = {
     "urbanclip_ray.evaluate.fits",
     "urbanclip_ray.evaluate.retrieval",
     "urbanclip_ray.evaluate.baselines",
+    "urbanclip_ray.evaluate.trained.train",
     "urbanclip_ray.tune",
 }
 USES_DEEPSPEED = {"urbanclip_ray.train.engine", "urbanclip_ray.train.fragments"}
+ENTRIES = {  # of the command line, for jobs
+    *("run_job", "run_verification", "run_leak_table", "run_experiment_job", "run_report", "run_search"),
+}
 CONNECT_ONLY = {"urbanclip_ray.preflight", "urbanclip_ray.command_line", "urbanclip_ray.evaluate.probe"}
 
 
@@ -141,9 +155,15 @@ def test_deepspeed_is_used_only_by_the_engine_and_its_fragments():
 
 
 def test_only_the_command_line_runs_the_pipeline_and_imports_it_late():
-    """Through `verify` for one job, which it imports late as well."""
+    """Through `verify` and `experiment` for one job each, which it imports late as well."""
     found = {(item.module, item.lazy) for item in ALL if is_below(item.name, "urbanclip_ray.pipeline")}
-    assert found == {("urbanclip_ray.command_line", True), ("urbanclip_ray.verify", False)}
+    assert found == {
+        ("urbanclip_ray.command_line", True),
+        ("urbanclip_ray.verify", False),
+        ("urbanclip_ray.experiment", False),
+    }
+    found = {(item.module, item.lazy) for item in ALL if is_below(item.name, "urbanclip_ray.experiment")}
+    assert found == {("urbanclip_ray.command_line", True)}
     found = {(item.module, item.lazy) for item in ALL if is_below(item.name, "urbanclip_ray.verify")}
     assert found == {("urbanclip_ray.command_line", True)}
     assert not [item for item in ALL if item.module == "urbanclip_ray" and is_below(item.name, "urbanclip_ray")]
@@ -154,8 +174,7 @@ def test_jobs_know_the_command_line_and_their_own_stage_only_when_it_is_asked_fo
         found = [item for item in imports_of(path) if is_below(item.name, "urbanclip_ray")]
         eager = {item.name for item in found if not item.lazy}
         names = {item.removeprefix("urbanclip_ray.command_line.") for item in eager}
-        starts = {"run_job", "run_verification", "run_leak_table", "run_report", "run_search"}
-        assert names & starts
-        assert names <= starts | {"Look"}
+        assert names & ENTRIES
+        assert names <= ENTRIES | {"Look"}
         lazy = {item.name.split(".")[1] for item in found if item.lazy}
         assert lazy <= ({"captioners", "stages"} if path.stem == "caption" else set())

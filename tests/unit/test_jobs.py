@@ -17,7 +17,8 @@ from urbanclip_ray.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
-STAGE_JOBS = [job for job in JOBS if job.stem not in ("verify_gpu", "leak", "report", "search")]  # which are no stages
+NOT_STAGES = ("verify_gpu", "leak", "report", "search", "experiment")
+STAGE_JOBS = [job for job in JOBS if job.stem not in NOT_STAGES]
 HELP_LIMIT_S = 1.5
 MAX_LINES = 60
 
@@ -56,7 +57,12 @@ def test_a_job_names_sections_and_stages_that_there_are(job):
     ((given, named),) = calls
     assert f"python jobs/{job.name} --recipe" in given[0]
     assert set(named["sections"]) <= set(RunConfig.model_fields)
-    known = {stage.name: stage.job for stage in STAGES} | {"report": "report", "search": "tune"}
+    known = {stage.name: stage.job for stage in STAGES} | {
+        "embed": "embed",
+        "baselines": "baselines",
+        "report": "report",
+        "search": "tune",
+    }
     for stage in named["stages"] or []:
         # the job that MissingDatasetError would send a user to; labels can also be made anew by themselves
         assert job.stem in (known[stage], "labels" if stage == "labels" else None)

@@ -17,6 +17,7 @@ from urbanclip_ray.model.weights import WEIGHTS_FILE
 from urbanclip_ray.overrides import apply_overrides
 from urbanclip_ray.pipeline import find_parents, run_stages
 from urbanclip_ray.recipes import load_recipe
+from urbanclip_ray.representations import stages_of
 from urbanclip_ray.stages import SEARCH, STAGES, find_weights
 from urbanclip_ray.storage import MissingDatasetError, find_dataset, open_dataset, publish
 
@@ -50,7 +51,7 @@ def made(monkeypatch, ray_cluster) -> list[str]:
 
         return stage._replace(make=make)
 
-    monkeypatch.setattr(plan, "STAGES", tuple(replace(stage) for stage in STAGES))
+    monkeypatch.setattr(plan, "stages_of", lambda config: tuple(replace(stage) for stage in stages_of(config)))
     monkeypatch.setattr(pipeline, "_show_results", lambda run, console: None)
     monkeypatch.setattr(pipeline.Run, "given_weights_digest", "0123")
     return names
@@ -163,13 +164,16 @@ def test_a_stage_that_fails_leaves_nothing_and_the_next_run_goes_on_from_there(c
         publication.write_file("half", b"")
         raise RuntimeError("the power is out")
 
-    good = plan.STAGES
-    broken = tuple(stage._replace(make=fail) if stage.name == "shards" else stage for stage in good)
-    monkeypatch.setattr(plan, "STAGES", broken)
+    good = plan.stages_of
+
+    def broken(config):
+        return tuple(stage._replace(make=fail) if stage.name == "shards" else stage for stage in good(config))
+
+    monkeypatch.setattr(plan, "stages_of", broken)
     with pytest.raises(RuntimeError, match="power"):
         run_stages(config, None)
     before = list(made)
-    monkeypatch.setattr(plan, "STAGES", good)
+    monkeypatch.setattr(plan, "stages_of", good)
     assert before + rerun(config, made) == NAMES
 
 
@@ -254,7 +258,7 @@ def test_another_stages_dataset_has_no_weights(tmp_path):
 
 def test_a_search_makes_what_comes_before_pretraining_and_then_its_trials(config, made, monkeypatch):
     shown = []
-    stages = (*plan.STAGES[: NAMES.index("pretrain")], fake_search(made))
+    stages = (*plan.stages_of(config)[: NAMES.index("pretrain")], fake_search(made))
     monkeypatch.setattr(plan, "SEARCH_STAGES", stages)
     monkeypatch.setattr(pipeline, "show_search", lambda search, console: shown.append(search))
     config = apply_overrides(config, ['tune.space={"train.lr": {"loguniform": [1e-4, 1e-3]}}'])

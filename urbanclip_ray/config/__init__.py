@@ -17,7 +17,15 @@ from urbanclip_ray.config.data import (
     SplitConfig,
     SplitKind,
 )
-from urbanclip_ray.config.evaluation import EmbedConfig, ProbeConfig, Target
+from urbanclip_ray.config.evaluation import (
+    NO_WEIGHTS,
+    BaselineName,
+    BaselinesConfig,
+    EmbedConfig,
+    Features,
+    ProbeConfig,
+    Target,
+)
 from urbanclip_ray.config.labels import LabelsConfig, RasterConfig
 from urbanclip_ray.config.report import PromptsConfig, ReportConfig
 from urbanclip_ray.config.run import RunConfig
@@ -38,13 +46,17 @@ from urbanclip_ray.config.stores import StoreConfig
 from urbanclip_ray.config.training import AugmentConfig, ModelConfig, ResourcesConfig, StepCut, TrainConfig
 
 __all__ = [
+    "NO_WEIGHTS",
     "SOURCE_KINDS",
     "AugmentConfig",
+    "BaselineName",
+    "BaselinesConfig",
     "CaptionConfig",
     "ConfigError",
     "DecodingConfig",
     "Domain",
     "EmbedConfig",
+    "Features",
     "FolderSource",
     "IngestConfig",
     "LabelsConfig",

@@ -4,23 +4,80 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from urbanclip_ray.config.section import Section, execution
+from urbanclip_ray.schema import is_safe_name
 
 Target = Literal["raw", "log", "log1p"]
+
+
+BaselineName = Literal["pca", "autoencoder", "resnet18", "tile2vec", "simclr", "image_only"]
+Features = Literal["embedding", "tokens"]
+
+NO_WEIGHTS = "none"  # of embed.weights
+OWN_NAMES = ("pretrained", "untrained", "prompts", "colour", "coordinates", "mean")  # of what every run may have
 
 
 class EmbedConfig(Section):
     """How tiles become vectors."""
 
-    weights: str = execution(
-        ""
-    )  # their digest takes part, not their place. URI of weights made before; empty: the ones that this run pretrains
+    # URI of weights made before (their digest takes part, not their place); empty: the ones that this run pretrains; none: the
+    # run judges other representations alone
+    weights: str = execution("")
+    # further image encoders by name: a folder, dataset or run of ours, RUN#BASELINE, or open_clip weights of any CLIP
+    # (local-dir:FOLDER, or ARCHITECTURE@FILE for a .safetensors or .pt); what they are takes part, not where they lie
+    also: dict[str, str] = execution({})
     views: Literal[1, 8] = 1  # 8: the mean over flips and quarter turns
+    # What a probe is given of an encoder with blocks. embedding: its output, as texts are compared with; tokens: that, and mean
+    # and standard deviation over the places of three blocks, which keep texture that the output has given up
+    features: Features = "embedding"
     tiles_per_batch: int = execution(64, ge=1)
     num_actors: int = execution(2, ge=1)
     gpus_per_actor: float = execution(0.0, ge=0)
+
+    @field_validator("also")
+    @classmethod
+    def _new_names(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, uri in value.items():
+            if not is_safe_name(name) or name in OWN_NAMES or name.endswith("_mlp"):
+                raise ValueError(
+                    f"{name!r} cannot name a representation: take letters, digits, '.', '_' and '-', none of "
+                    f"{', '.join(OWN_NAMES)}, and no _mlp at its end"
+                )
+            if not uri:
+                raise ValueError(f"{name} has no URI: give its weights, or leave it out")
+        return value
+
+
+class BaselinesConfig(Section):
+    """Encoders trained on the tiles of the outer split's training part, to be compared with.
+
+    They see as many samples as the pretraining (tiles x train.epochs, in steps of train.global_batch_size), augmented as there
+    (train.augment), with its optimizer and schedule, and have its image tower where the method leaves one open.
+    """
+
+    names: tuple[BaselineName, ...] = ()
+    seed: int = 0
+    lr: float | None = Field(default=None, gt=0)  # none: train.lr
+    pca_side_px: int = Field(default=32, ge=4)  # tiles of so many pixels a side are what PCA sees
+    neighbour_km: float = Field(default=5.0, gt=0)  # a positive lies no further away (tile2vec, simclr)
+    num_neighbours: int = Field(default=8, ge=1)  # a positive is drawn from so many nearest training tiles
+    simclr_temperature: float = Field(default=0.1, gt=0)  # of the NT-Xent loss (arXiv 2002.05709)
+    simclr_projection: int = Field(default=128, ge=1)  # width of what its head gives the loss
+    tile2vec_margin: float = Field(default=10.0, gt=0)  # as published (arXiv 1805.02855)
+    tile2vec_norm_weight: float = Field(default=0.01, ge=0)
+    # torchvision weights for ResNet-18 to start from, a .safetensors or .pt file; empty: random. Their content takes part.
+    resnet18_weights: str = execution("")
+    cpus_per_task: int = execution(1, ge=1)  # of one baseline's training; as many run at a time as the cluster holds
+    gpus_per_task: float = execution(0.0, ge=0)
+
+    @field_validator("names")
+    @classmethod
+    def _once(cls, value: tuple[BaselineName, ...]) -> tuple[BaselineName, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("baselines.names has a name twice: name each once")
+        return value
 
 
 class ProbeConfig(Section):

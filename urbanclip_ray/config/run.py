@@ -8,7 +8,7 @@ from typing import Any, Self
 from pydantic import field_validator, model_validator
 
 from urbanclip_ray.config.data import CaptionConfig, IngestConfig, PackConfig, PixelsConfig, RefineConfig, SplitConfig
-from urbanclip_ray.config.evaluation import EmbedConfig, ProbeConfig
+from urbanclip_ray.config.evaluation import BaselinesConfig, EmbedConfig, ProbeConfig
 from urbanclip_ray.config.labels import LabelsConfig
 from urbanclip_ray.config.report import PromptsConfig, ReportConfig
 from urbanclip_ray.config.search import TuneConfig, check_searched
@@ -35,6 +35,7 @@ class RunConfig(Section):
     pack: PackConfig = PackConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
+    baselines: BaselinesConfig = BaselinesConfig()
     embed: EmbedConfig = EmbedConfig()
     prompts: PromptsConfig = PromptsConfig()
     probe: ProbeConfig = ProbeConfig()
@@ -61,6 +62,12 @@ class RunConfig(Section):
     def _check_batches(self) -> Self:
         if not self.worker_counts():
             self.train.cut_step(self.resources.max_workers)  # raises: it says why
+        return self
+
+    @model_validator(mode="after")
+    def _one_representation_a_name(self) -> Self:
+        if twice := sorted(set(self.baselines.names) & set(self.embed.also)):
+            raise ValueError(f"embed.also and baselines.names both have {', '.join(twice)}: rename one, or leave one out")
         return self
 
     @model_validator(mode="after")

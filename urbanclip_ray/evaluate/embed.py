@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import ray.data
 
 from urbanclip_ray import dataflow
-from urbanclip_ray.config import EmbedConfig, PixelsConfig
+from urbanclip_ray.config import EmbedConfig, Features, PixelsConfig
 from urbanclip_ray.schema import embeddings_schema
 from urbanclip_ray.storage import Dataset, Publication
 
@@ -22,10 +22,12 @@ def embed_tiles(
     pixels: PixelsConfig,
     publication: Publication,
     untrained_seed: int | None = None,
+    features: Features = "embedding",
 ) -> None:
-    """One L2-normalised vector per readable tile, the image side of the contrastive pair.
+    """One vector per readable tile; of our own weights' `embedding`, of length 1, it is the image side of the contrastive pair.
 
-    With `untrained_seed` the weights' architecture is used with fresh random weights: the floor that pretraining must beat.
+    `weights_uri` is what :func:`encoders.load_encoder` opens. With `untrained_seed` the weights' architecture is used with
+    fresh random weights: the floor that pretraining must beat.
     """
     dataflow.connect()
     rows = dataflow.read(tiles, ["tile_id", "image", "error"]).map_batches(
@@ -35,6 +37,7 @@ def embed_tiles(
             "views": config.views,
             "pixels": pixels,
             "untrained_seed": untrained_seed,
+            "features": features,
         },
         batch_size=config.tiles_per_batch,
         batch_format="pyarrow",
@@ -54,54 +57,54 @@ def embed_tiles(
 
 
 class EmbedBatch:
-    """A Ray Data actor around one model. Follows a batch of tiles to rows of embeddings."""
+    """A Ray Data actor around one encoder. Follows a batch of tiles to rows of embeddings."""
 
-    def __init__(self, weights_uri: str, views: int, pixels: PixelsConfig, untrained_seed: int | None) -> None:
+    def __init__(
+        self,
+        weights_uri: str,
+        views: int,
+        pixels: PixelsConfig,
+        untrained_seed: int | None,
+        features: Features = "embedding",
+    ) -> None:
         import torch
 
-        from urbanclip_ray.model.coca import build_model
-        from urbanclip_ray.model.weights import load_model
+        from urbanclip_ray.evaluate.encoders import load_encoder
 
-        loaded = load_model(weights_uri)
-        self._digest = loaded.digest
-        self._model = loaded.model
-        if untrained_seed is not None:
-            self._model = build_model(loaded.model.config, untrained_seed).eval()
-            self._digest = f"{loaded.digest}-untrained-{untrained_seed}"
+        self._encoder = load_encoder(weights_uri, features, untrained_seed)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model.to(self._device)
+        self._encoder.module.to(self._device)
         self._views = views
         self._pixels = pixels
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         from urbanclip_ray.imagery import crop_margins, decode, to_square
 
+        image_px = self._encoder.shown.image_px
         batch = batch.filter(pc.is_null(batch["error"]))
-        schema = embeddings_schema(self._model.embedding_width)
-        if batch.num_rows == 0:
-            return schema.empty_table()
-        pixels = np.stack(
-            [to_square(crop_margins(decode(image), self._pixels), self._model.image_px) for image in batch["image"].to_pylist()]
-        )
-        vectors = self._encode(pixels)
+        images = [to_square(crop_margins(decode(image), self._pixels), image_px) for image in batch["image"].to_pylist()]
+        vectors = self._encode(np.array(images, np.uint8).reshape(-1, image_px, image_px, 3))
         columns: dict[str, Any] = {
             "tile_id": batch["tile_id"].combine_chunks(),
             "embedding": pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1]),
-            "weights": [self._digest] * batch.num_rows,
+            "weights": [self._encoder.digest] * batch.num_rows,
         }
-        return dataflow.conform(columns, schema)
+        return dataflow.conform(columns, embeddings_schema(vectors.shape[1]))
 
     def _encode(self, pixels: np.ndarray) -> np.ndarray:
-        """float32 [rows, width]; with 8 views the normalised mean over flips and quarter turns."""
+        """float32 [rows, width]; with 8 views the mean over flips and quarter turns, of length 1 where one view's is."""
         import torch
         from torch.nn import functional as F
 
-        from urbanclip_ray.model.preprocess import normalise, turned_views
+        from urbanclip_ray.model.preprocess import turned_views
 
-        images = normalise(torch.from_numpy(pixels).to(self._device))
+        # a batch without readable tiles is shown one black tile, because its rows have a width too
+        shown = pixels if len(pixels) else np.zeros((1, *pixels.shape[1:]), np.uint8)
+        images = self._encoder.prepare(torch.from_numpy(shown).to(self._device))
         with torch.inference_mode():
             total = torch.zeros(())
             for view in turned_views(images, self._views):
-                total = total + self._model.encode_image(view)[0].float().cpu()
-            vectors: np.ndarray = F.normalize(total, dim=-1).numpy()
+                total = total + self._encoder.module(view).float().cpu()
+            mean = F.normalize(total, dim=-1) if self._encoder.unit_length else total / self._views
+            vectors: np.ndarray = mean.numpy()[: len(pixels)]
         return vectors

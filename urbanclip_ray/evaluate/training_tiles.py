@@ -17,7 +17,8 @@ UNTRAINED = "-untrained-"  # in the digest of weights that were drawn and never 
 def training_tiles(embeddings: Dataset) -> pa.Array | None:
     """Ids of the tiles that its weights were trained on, empty where none were; None where that cannot be found out.
 
-    Weights name the shards that they were made from by the sha256 of their manifest, and shards lie beside them in the run.
+    A trained baseline holds their ids. Other weights name the shards that they were made from by the sha256 of their manifest,
+    and shards lie beside them in the run.
     """
     facts = embeddings.manifest.facts.get("weights")
     facts = facts if isinstance(facts, dict) else {}
@@ -26,6 +27,8 @@ def training_tiles(embeddings: Dataset) -> pa.Array | None:
     if "shards" in embeddings.manifest.parents:
         return _ids(_run_of(embeddings.uri), embeddings.manifest.parents["shards"])
     pretrained = _find(str(facts["uri"]).rsplit("/", 1)[0]) if "uri" in facts else None
+    if pretrained is not None and pretrained.manifest.stage.startswith("trained_"):
+        return pretrained.read(["tile_id"])["tile_id"].combine_chunks()
     if pretrained is None or "shards" not in pretrained.manifest.parents:
         return None
     return _ids(_run_of(pretrained.uri), pretrained.manifest.parents["shards"])

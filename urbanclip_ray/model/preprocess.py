@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -11,12 +11,12 @@ IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def normalise(pixels: torch.Tensor) -> torch.Tensor:
+def normalise(pixels: torch.Tensor, mean: Sequence[float] = IMAGE_MEAN, std: Sequence[float] = IMAGE_STD) -> torch.Tensor:
     """uint8 [rows, px, px, 3] -> float32 [rows, 3, px, px], on the device where the pixels are: bytes travel, not floats."""
     scaled = pixels.permute(0, 3, 1, 2).float() / 255
-    mean = torch.tensor(IMAGE_MEAN, device=pixels.device).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGE_STD, device=pixels.device).view(1, 3, 1, 1)
-    return ((scaled - mean) / std).contiguous()
+    means = torch.tensor(mean, device=pixels.device).view(1, 3, 1, 1)
+    deviations = torch.tensor(std, device=pixels.device).view(1, 3, 1, 1)
+    return ((scaled - means) / deviations).contiguous()
 
 
 def turned_views(images: torch.Tensor, num_views: int) -> Iterator[torch.Tensor]:

@@ -29,7 +29,8 @@ def start_file(config: ModelConfig) -> str:
     return given if given.endswith(".safetensors") else join(given, WEIGHTS_FILE)
 
 
-def file_sha256(uri: str) -> str:
+def file_sha256(uri: str, key: str = "model.pretrained") -> str:
+    """`key` names the file in errors."""
     filesystem, path = resolve(uri)
     hasher = hashlib.sha256()
     try:
@@ -37,7 +38,7 @@ def file_sha256(uri: str) -> str:
             while chunk := stream.read(READ_CHUNK_BYTES):
                 hasher.update(chunk)
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"model.pretrained: {uri} is not there: name a .safetensors file or a folder of weights") from None
+        raise ConfigError(f"{key}: {uri} is not there: name a .safetensors file or a folder of weights") from None
     return hasher.hexdigest()
 
 

@@ -38,21 +38,26 @@ def deepspeed_config(config: TrainConfig, num_ranks: int) -> dict[str, Any]:
 
 
 def start_engine(model: nn.Module, config: TrainConfig) -> Any:
-    """A DeepSpeed engine with AdamW; matrices decay, vectors do not (open_clip's rule)."""
+    """A DeepSpeed engine with :func:`make_optimizer`'s AdamW."""
     import deepspeed
 
     # an inference-only collective that would be compiled at first use, for a minute; training never calls it
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    optimizer, settings = make_optimizer(model, config), deepspeed_config(config, dist.get_world_size())
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; matrices decay, vectors do not (open_clip's rule)."""
     matrices = [value for value in model.parameters() if value.ndim >= 2]
     vectors = [value for value in model.parameters() if value.ndim < 2]
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
     )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, dist.get_world_size()))
-    return engine
 
 
 def attention_kernel(device: torch.device, config: TrainConfig) -> AbstractContextManager[None]:

@@ -1,0 +1,68 @@
+"""Which keys of a config name a place that a run reads or writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from urbanclip_ray.captioners.model_files import is_directory
+from urbanclip_ray.config import NO_WEIGHTS, RunConfig, UrbanClipSource, WorldSource
+from urbanclip_ray.storage import absolute
+
+
+def list_places(config: RunConfig) -> dict[str, str]:
+    """The keys that name a place which a run reads or writes, with their paths and URIs."""
+    values = {
+        "storage": config.storage,
+        "source.uri": getattr(config.source, "uri", ""),
+        "source.release": getattr(config.source, "release", ""),
+        "labels.csv": config.labels.csv,
+        **{f"labels.rasters.{name}": raster.uri for name, raster in config.labels.rasters.items()},
+        "caption.model": config.caption.model if is_directory(config.caption.model) else "",
+        "model.pretrained": config.model.pretrained if config.model.pretrained_is_file else "",
+        "embed.weights": "" if config.embed.weights == NO_WEIGHTS else config.embed.weights,
+        "baselines.resnet18_weights": config.baselines.resnet18_weights,
+        **{f"embed.also.{name}": _split_place(uri)[1] for name, uri in config.embed.also.items()},
+        "report.experiment": config.report.experiment,
+    }
+    return {key: value for key, value in values.items() if value}
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The same run, whose local places do not depend on the folder that a process runs in."""
+    source, model = config.source, config.model
+    if not isinstance(source, WorldSource):
+        source = source.model_copy(update={"uri": absolute(source.uri)})
+    if isinstance(source, UrbanClipSource):
+        source = source.model_copy(update={"release": absolute(source.release)})
+    if model.pretrained_is_file:
+        model = model.model_copy(update={"pretrained": absolute(model.pretrained)})
+    weights = config.embed.weights
+    also = {name: "".join((before, absolute(place), after)) for name, (before, place, after) in _split_places(config).items()}
+    embed = config.embed.model_copy(update={"weights": weights if weights == NO_WEIGHTS else absolute(weights), "also": also})
+    start = config.baselines.resnet18_weights
+    baselines = config.baselines.model_copy(update={"resnet18_weights": absolute(start)})
+    caption = config.caption
+    if is_directory(caption.model):
+        caption = caption.model_copy(update={"model": absolute(caption.model)})
+    report = config.report.model_copy(update={"experiment": absolute(config.report.experiment)})
+    rasters = {name: raster.model_copy(update={"uri": absolute(raster.uri)}) for name, raster in config.labels.rasters.items()}
+    labels = config.labels.model_copy(update={"csv": absolute(config.labels.csv), "rasters": rasters})
+    changed: dict[str, Any] = {"storage": absolute(config.storage), "source": source, "labels": labels, "model": model}
+    changed |= {"caption": caption, "embed": embed, "baselines": baselines, "report": report}
+    return config.model_copy(update=changed)
+
+
+def _split_places(config: RunConfig) -> dict[str, tuple[str, str, str]]:
+    return {name: _split_place(uri) for name, uri in config.embed.also.items()}
+
+
+def _split_place(uri: str) -> tuple[str, str, str]:
+    """`local-dir:` or `ARCHITECTURE@`, the place, and `#BASELINE` of an item of `embed.also`; each may be empty."""
+    before = ""
+    if uri.startswith("local-dir:"):
+        before, uri = "local-dir:", uri.removeprefix("local-dir:")
+    elif "@" in uri and "/" not in uri.partition("@")[0]:
+        architecture, _, uri = uri.partition("@")
+        return f"{architecture}@", uri, ""
+    uri, hash_mark, name = uri.partition("#")
+    return before, uri, f"{hash_mark}{name}"
