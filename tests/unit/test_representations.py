@@ -70,7 +70,7 @@ def test_baselines_are_trained_and_embedded_before_the_probe_which_gets_them(con
     before = [s.name for s in STAGES[:7]]
     assert before[-1] == "pretrain"
     embedded = ["embeddings", "untrained", "pretrained_features", *ADDED[2:], "also_remote"]
-    assert names == [*before, *ADDED[:2], *embedded, "retrieval", "probe"]
+    assert names == [*before, *ADDED[:2], *embedded, "retrieval", "prompts", "probe"]
     assert set(stages[-1].parents) >= {"baseline_pca", "baseline_simclr", "also_remote", "pretrained_features", "untrained"}
     for at, stage in enumerate(stages):
         assert set(stage.parents) <= set(names[:at])
@@ -131,7 +131,7 @@ def test_the_job_of_baselines_needs_names_and_the_stages_before(config, made):
 def test_representations_have_the_names_of_what_made_them(config, made):
     run = run_stages(apply_overrides(config, [BASELINES, "embed.features=tokens"]), None)
     found = representations(run.datasets)
-    assert set(found) == {"pretrained", "untrained", "pca", "simclr"}
+    assert set(found) == {"pretrained", "untrained", "prompts", "pca", "simclr"}
     assert found["pretrained"].manifest.stage == "pretrained_features"
     record = json.loads((config_run(config) / "run.json").read_text())
     assert "trained_simclr" in record["datasets"]
