@@ -137,7 +137,7 @@ def _show_results(run: Run, console: Console) -> None:
 
 def _report(run: Run, datasets: Mapping[str, Dataset]) -> str:
     """Write the report unless the one that stands was written from the same datasets, experiment and settings."""
-    from urbanclip_ray.evaluate.experiment import read_experiment
+    from urbanclip_ray.evaluate.arms import read_experiment
 
     uri, settings = join(run.uri, "report"), run.config.report
     experiment = read_experiment(settings.experiment) if settings.experiment else []

@@ -46,6 +46,6 @@ class PromptsConfig(Section):
 class ReportConfig(Section):
     """What the report's page holds."""
 
-    experiment: str = execution("")  # path or URI of the JSON with the scores of several runs, see evaluate.experiment
+    experiment: str = execution("")  # path or URI of the JSON with the scores of several runs, see evaluate.arms
     max_thumbnails: int = execution(20_000, ge=0)  # tiles shown under the pointer; a seeded choice where there are more
     max_thumbnail_mb: float = execution(12.0, ge=0.1)  # of all of them; they get smaller until they fit

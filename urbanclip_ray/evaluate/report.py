@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs
 from urbanclip_ray import storage
 from urbanclip_ray.config import RunConfig
 from urbanclip_ray.evaluate import plots
-from urbanclip_ray.evaluate.experiment import ablation_tables, city_tables, read_experiment, transfer_records, transfer_tables
+from urbanclip_ray.evaluate.arms import ablation_tables, city_tables, read_experiment, transfer_records, transfer_tables
 from urbanclip_ray.evaluate.findings import distinct, finding, main_finding, paired_row, score_table
 from urbanclip_ray.evaluate.gallery import caption_gallery, search_examples
 from urbanclip_ray.evaluate.leaderboard import board_tables, make_leaderboard

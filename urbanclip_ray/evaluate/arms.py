@@ -63,7 +63,7 @@ def read_experiment(uri: str) -> list[Json]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise ExperimentError(f"report.experiment={uri}: {where}: {first['msg']}; see evaluate/experiment.py") from None
+        raise ExperimentError(f"report.experiment={uri}: {where}: {first['msg']}; see evaluate/arms.py") from None
     except ValueError as error:
         raise ExperimentError(f"report.experiment={uri} is no JSON ({error})") from None
     return [record.model_dump() for record in records]

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from urbanclip_ray.evaluate.experiment import (
+from urbanclip_ray.evaluate.arms import (
     ExperimentError,
     ablation_tables,
     city_tables,
