@@ -197,6 +197,18 @@ def urbanclip_four_cities() -> RunConfig:
     )
 
 
+def urbanclip_protocol() -> RunConfig:
+    """The released code's own protocol for Beijing, to be compared with: it leaks, and every score says transductive.
+
+    Random tiles, 64/16/20 (80/20, and 80/20 again inside), all of them in pretraining; natural logarithm; its MLP alone, with
+    the coordinates beside it, which look at no image.
+    """
+    base = urbanclip_beijing()
+    split = SplitConfig(outer="random", test_share=0.2, val_share=0.16, transductive=True, num_draws=5)
+    probe = ProbeConfig(target="log", methods=("pretrained_mlp", "coordinates", "mean"))
+    return base.model_copy(update={"run": "urbanclip_protocol", "split": split, "probe": probe})
+
+
 def verify_gpu() -> RunConfig:
     """A CoCa ViT-B-32 through every stage on 200 tiles and one GPU; what `make verify-gpu` runs."""
     return RunConfig(
@@ -257,6 +269,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
         probe_weights,
         urbanclip_beijing,
         urbanclip_four_cities,
+        urbanclip_protocol,
         verify_gpu,
         verify_cpu,
         tiny_test,

@@ -61,6 +61,13 @@ def test_the_paper_recipe_has_the_papers_settings():
     assert "random" in config.split.also
 
 
+def test_the_released_protocol_differs_from_the_set_up_only_in_how_it_judges_and_says_that_it_leaks():
+    base, derived = (load_recipe(name).model_dump() for name in ("urbanclip_beijing", "urbanclip_protocol"))
+    assert {key for key in base if base[key] != derived[key]} == {"run", "split", "probe"}
+    assert (derived["split"]["outer"], derived["split"]["transductive"]) == ("random", True)
+    assert "coordinates" in derived["probe"]["methods"]
+
+
 def test_the_verification_differs_on_a_cpu_only_in_model_and_hardware():
     base, derived = (load_recipe(name).model_dump() for name in ("verify_gpu", "verify_cpu"))
     assert {key for key in base if base[key] != derived[key]} == {"run", "model", "train", "embed", "resources"}
