@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
-from PIL import Image
+from quick_stages import replace_stages, three_tiles
 
-from urbanclip_ray import pipeline, plan
 from urbanclip_ray.config import ConfigError, RunConfig
 from urbanclip_ray.overrides import apply_overrides
 from urbanclip_ray.pipeline import run_stages
 from urbanclip_ray.places import list_places
 from urbanclip_ray.plan import walk
-from urbanclip_ray.recipes import load_recipe
 from urbanclip_ray.representations import stages_of
 from urbanclip_ray.stages import STAGES, Run, representations
 from urbanclip_ray.storage import MissingDatasetError
@@ -25,33 +22,12 @@ ADDED = ["trained_pca", "trained_simclr", "baseline_pca", "baseline_simclr"]
 
 @pytest.fixture
 def config(tmp_path) -> RunConfig:
-    folder = tmp_path / "city"
-    folder.mkdir()
-    lines = ["file,lon,lat,gdp"]
-    for at in range(3):
-        Image.fromarray(np.full((16, 16, 3), at, np.uint8)).save(folder / f"{at}.png")
-        lines.append(f"{at}.png,{at},{at},{at}")
-    (folder / "tiles.csv").write_text("\n".join(lines))
-    return apply_overrides(
-        load_recipe("tiny_test"),
-        [f"source.uri={folder}", "source.metadata=tiles.csv", f"storage={tmp_path / 'storage'}"],
-    )
+    return three_tiles(tmp_path)
 
 
 @pytest.fixture
 def made(monkeypatch, ray_cluster) -> list[str]:
-    names: list[str] = []
-
-    def replace(stage):
-        def make(_, publication):
-            names.append(stage.name)
-            publication.write_file("word", f"{stage.name} {len(names)}".encode())
-
-        return stage._replace(make=make)
-
-    monkeypatch.setattr(plan, "stages_of", lambda config: tuple(replace(stage) for stage in stages_of(config)))
-    monkeypatch.setattr(pipeline, "_show_results", lambda run, console: None)
-    return names
+    return replace_stages(monkeypatch)
 
 
 def rerun(config: RunConfig, made: list[str], *overrides: str, only=None) -> list[str]:
