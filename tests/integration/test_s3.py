@@ -412,6 +412,7 @@ def fill_in_rank(root: str) -> list[Any]:
     return [found.step, model.weight.tolist()]
 
 
+@pytest.mark.slow
 def test_checkpoints_of_two_ranks_are_kept_pruned_and_read_by_three(tmp_path):
     for root in (f"s3://{BUCKET}/checkpoints/pruned", str(tmp_path)):
         run_ranks(write_in_rank, 2, root, [1, 2, 3], 2)
@@ -474,6 +475,7 @@ def save_through_a_crash(root: str, started: str) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_a_crash_while_checkpoints_are_uploaded_loses_none(s3_server, tmp_path):
     root, started = f"s3://{BUCKET}/checkpoints/crash", tmp_path / "started"
 

@@ -19,7 +19,12 @@ from urbanclip_ray.storage import Dataset, find_dataset, open_dataset
 
 NUM_TILES = NUM_COLUMNS * NUM_ROWS
 QUICK_S = 45  # for a run that keeps everything, on a busy machine; making it takes minutes there
-METHODS = {"pretrained", "pretrained_mlp", "untrained", "untrained_mlp", "colour", "coordinates", "mean"}
+HEADS = ("", "_mlp")  # ridge and the small network
+METHODS = {f"{name}{head}" for name in ("pretrained", "untrained", "prompts") for head in HEADS} | {
+    "colour",
+    "coordinates",
+    "mean",
+}
 CHANGED = ("--set", "refine.max_words=7")  # rejects some sentences and keeps others
 
 
@@ -171,10 +176,11 @@ def table_of(dataset: Dataset) -> pa.Table:
     )
 
 
+@pytest.mark.slow
 def test_jobs_one_by_one_make_what_the_pipeline_makes(walk, jobs):
     for stage in ("tiles", "labels", "captions", "pairs", "splits", "shards", "untrained"):
         assert table_of(only(jobs, stage)).equals(table_of(walk.dataset(stage))), stage
-    for stage in ("pretrain", "embeddings", "retrieval", "probe"):
+    for stage in ("pretrain", "embeddings", "retrieval", "prompts", "probe"):
         ours, theirs = only(jobs, stage).manifest, walk.dataset(stage).manifest
         assert (ours.rows_in, ours.rows_out, ours.config) == (theirs.rows_in, theirs.rows_out, theirs.config), stage
     assert table_of(only(jobs, "probe")).drop_columns("y").equals(table_of(walk.dataset("probe")).drop_columns("y"))

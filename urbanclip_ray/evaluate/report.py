@@ -37,6 +37,8 @@ STAGES = (
 )
 SOURCE_NAMES = {
     "folder": "a folder of tiles",
+    "scene": "satellite scenes (GeoTIFF)",
+    "slippy": "web map tiles",
     "rsicd": "RSICD (Lu et al. 2017)",
     "world": "the world demo (NASA Blue Marble, region scale)",
     "urbanclip": "the user's own, with UrbanCLIP's released captions and labels",

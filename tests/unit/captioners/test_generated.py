@@ -96,6 +96,7 @@ def test_blip_previews_then_captions_what_is_missing_and_then_nothing(tiles, vis
     assert plan_captions(work).num_missing == 0
 
 
+@pytest.mark.slow
 def test_a_chat_model_from_a_uri_is_planned_and_captioned_with_several_samples(tiles, vision_language_models, tmp_path):
     decoding = {"max_new_tokens": 6, "temperature": 1.0, "num_samples": 2}
     model = f"file://{vision_language_models['qwen2_vl']}"
@@ -117,6 +118,7 @@ def test_a_chat_model_from_a_uri_is_planned_and_captioned_with_several_samples(t
     assert list((tmp_path / "cache" / "models").glob("*/model.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_model_describes_what_the_source_gives_no_caption_of(tiles, vision_language_models, tmp_path):
     work = make_work(tiles, str(vision_language_models["blip"]), tmp_path)
     alone = {row["tile_id"]: row for row in caption(work, tmp_path / "alone").read().to_pylist()}

@@ -110,7 +110,7 @@ def expected(part: str, weights: str, vectors: dict[str, np.ndarray], text_mode:
     }
 
 
-@pytest.mark.parametrize("text_mode", ["sentence", "paragraph"])
+@pytest.mark.parametrize("text_mode", ["sentence", pytest.param("paragraph", marks=pytest.mark.slow)])
 def test_both_held_out_parts_are_judged_against_all_their_own_texts(text_mode, weights, vectors, tmp_path, ray_cluster):
     dataset = measure(str(tmp_path), weights, vectors, text_mode=text_mode)
     found = json.loads(read_bytes(dataset.file_uri("retrieval.json")))

@@ -78,6 +78,7 @@ def top1(first: np.ndarray, second: np.ndarray) -> float:
     return float(((first @ second.T).argmax(axis=1) == np.arange(len(first))).mean())
 
 
+@pytest.mark.slow  # all six are trained first
 @pytest.mark.parametrize("name", ["simclr", "image_only"])
 def test_two_views_of_an_unseen_tile_find_each_other_more_often_than_before_training(world, trained, name, tmp_path):
     before = untrained(world, name, tmp_path / "untrained")
@@ -97,11 +98,13 @@ def nearness(world, uri: str) -> float:
     return float((to_neighbour < to_stranger).mean())
 
 
+@pytest.mark.slow  # all six are trained first
 def test_tile2vec_brings_unseen_neighbours_nearer_than_strangers(world, trained, tmp_path):
     before = nearness(world, untrained(world, "tile2vec", tmp_path / "untrained"))
     assert nearness(world, trained["tile2vec"]) > max(0.7, before)
 
 
+@pytest.mark.slow  # all six are trained first
 def test_the_principal_directions_hold_more_of_unseen_tiles_than_random_ones(world, trained):
     encoder = load_encoder(trained["pca"])
     pixels = held_out(world, trained["pca"])
@@ -113,6 +116,7 @@ def test_the_principal_directions_hold_more_of_unseen_tiles_than_random_ones(wor
     assert kept[:, 0].mean() > 10 * kept[:, 100].mean()  # in order
 
 
+@pytest.mark.slow  # all six are trained first
 def test_the_autoencoder_s_vector_tells_an_unseen_tile_s_colours(world, trained, made):
     pixels = held_out(world, trained["autoencoder"])
     colours = pixels.reshape(len(pixels), -1, 3).mean(axis=1) / 255
@@ -123,13 +127,17 @@ def test_the_autoencoder_s_vector_tells_an_unseen_tile_s_colours(world, trained,
     assert facts["loss_last_tenth"] < 0.5 * facts["loss_first_tenth"]
 
 
+@pytest.mark.slow  # all six are trained first
 def test_resnet18_learns_the_training_tiles_indicators(made):
     facts = made["resnet18"].facts
     assert facts["loss_last_tenth"] < 0.9 * facts["loss_first_tenth"]
     assert facts["num_samples"] <= 5 * facts["num_tiles"]
 
 
-@pytest.mark.parametrize("name", BASELINES)
+SLOW = ("tile2vec", "simclr", "image_only")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in BASELINES])
 def test_a_seed_decides_the_weights(world, name):
     first, again, other = (
         safetensors.torch.load(world.train(name, epochs=1, seed=seed).files["encoder.safetensors"]) for seed in (0, 0, 1)
@@ -182,6 +190,7 @@ def test_a_loss_that_is_not_finite_says_what_to_change(world):
         world.train("autoencoder", lr=1e30, epochs=2)
 
 
+@pytest.mark.slow  # all six are trained first
 def test_a_folder_that_does_not_fit_its_config_is_named(tmp_path, trained):
     files = {name: (Path(trained["pca"]) / name).read_bytes() for name in ("encoder.safetensors", "encoder.json")}
     folder = write(files, tmp_path / "broken")
