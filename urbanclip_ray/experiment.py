@@ -21,6 +21,7 @@ from urbanclip_ray.pipeline import run_stages
 from urbanclip_ray.remote_errors import explain_error
 from urbanclip_ray.stages import Run, weights_folder
 from urbanclip_ray.storage import Dataset, exists, join, read_bytes, write_bytes
+from urbanclip_ray.terminal import counted
 
 TRAINING_JOBS = ("ingest", "caption", "refine", "split", "pack", "pretrain", "baselines")
 PROBING_JOBS = ("ingest", "split", "baselines", "embed", "probe")
@@ -231,8 +232,10 @@ def conclude(differences: Sequence[dict[str, Any]]) -> list[str]:
             continue
         way = "helps" if row["difference"] > 0 else "hurts"
         sure = row["low"] is not None and (row["low"] > 0 or row["high"] < 0)
-        by = f"{row['difference']:+.3f} R²{_interval(row)} over {row['num_seeds']} pretraining seeds"
+        by = f"{row['difference']:+.3f} R²{_interval(row)} over {counted(row['num_seeds'], 'pretraining seed')}"
         verdict = f"text {way}" if sure else f"no clear difference (text {way} in the mean)"
+        if row["num_seeds"] == 1:
+            verdict = f"one pretraining seed cannot tell (text {way} in it)"
         sentences.append(f"{row['indicator']}: {verdict}, {by} against the same tower trained without text.")
     return sentences or ["Text against no text was not compared: image_only is not among the methods."]
 

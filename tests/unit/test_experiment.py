@@ -144,6 +144,7 @@ def test_differences_are_of_equal_seeds_alone():
         ([0.50, 0.51, 0.52], [0.30, 0.31, 0.33], "gdp: text helps, +0.19"),
         ([0.30, 0.31, 0.33], [0.50, 0.51, 0.52], "gdp: text hurts, -0.19"),
         ([0.3, 0.5, 0.2], [0.31, 0.2, 0.4], "gdp: no clear difference"),
+        ([0.3], [0.2], "gdp: one pretraining seed cannot tell (text helps in it), +0.100 R² over 1 pretraining seed"),
     ],
 )
 def test_text_against_no_text_is_said_whichever_way_it_goes(text, none, verdict):
