@@ -76,7 +76,7 @@ def train_baseline(name: BaselineName, work: BaselineWork) -> BaselineFiles:
         plan, encoder, facts = _fit_pca(tiles, config)
     else:
         plan, encoder, facts = _fit_by_gradient(name, tiles, work, report)
-    facts |= {"num_tiles": len(tiles), "wall_s": round(time.monotonic() - start_s, 1), "seed": config.baselines.seed}
+    facts |= {"num_tiles": len(tiles), "wall_s": round(time.monotonic() - start_s, 3), "seed": config.baselines.seed}
     facts["num_parameters"] = sum(value.numel() for value in encoder.state_dict().values())
     return BaselineFiles(encoder_files(plan, encoder), tiles.tile_ids, facts)
 
