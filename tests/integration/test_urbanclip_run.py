@@ -115,10 +115,12 @@ def test_two_cities_cannot_be_split_into_three_parts_by_city(release, tmp_path):
 
 @pytest.mark.slow
 def test_the_paper_recipe_goes_through_every_stage(release, tmp_path, ray_cluster):
-    run = run_stages(make_config("urbanclip_four_cities", release, tmp_path, *TWO_CITIES), None)
+    shown = "probe.refuse_leaks=false"  # the shades of these tiles are their labels, which a check says
+    run = run_stages(make_config("urbanclip_four_cities", release, tmp_path, *TWO_CITIES, shown), None)
     scores = json.loads(read_bytes(run.datasets["probe"].file_uri("scores.json")))
     assert scores["outer"] == "blocks"
     assert scores["transductive"] == ["random"]
+    assert "label_in_features" in {leak["name"] for leak in scores["leaks"]}
     found = {(entry["indicator"], entry["space"]) for entry in scores["probe"]}
     assert found == {("carbon", "log"), ("population", "log"), ("gdp", "log")}
     assert run.datasets["probe"].manifest.facts["unusable_targets"]["carbon"] == {"not above 0": 1}
