@@ -16,10 +16,13 @@ import numpy as np
 
 from urbanclip_ray.ablations import FULL, WITHOUT_TEXT, ablations, change
 from urbanclip_ray.config import NO_WEIGHTS, ConfigError, RunConfig
+from urbanclip_ray.evaluate.intervals import t_interval
 from urbanclip_ray.evaluate.methods import FREE
+from urbanclip_ray.evaluate.metrics import r2
 from urbanclip_ray.pipeline import run_stages
+from urbanclip_ray.places import weights_folder
 from urbanclip_ray.remote_errors import explain_error
-from urbanclip_ray.stages import Run, weights_folder
+from urbanclip_ray.stages import Run
 from urbanclip_ray.storage import Dataset, exists, join, read_bytes, write_bytes
 from urbanclip_ray.terminal import counted
 
@@ -175,9 +178,8 @@ def score(predictions: Dataset, outer: str, seed: int) -> list[Score]:
     found = []
     for (method, indicator, draw), rows in table[table["split"] == outer].groupby(["method", "indicator", "seed"]):
         y, y_pred = rows["y"].to_numpy(), rows["y_pred"].to_numpy()
-        total = float(((y - y.mean()) ** 2).sum())
-        if total > 0:
-            found.append(Score(method, indicator, seed, int(draw), 1 - float(((y - y_pred) ** 2).sum()) / total))
+        if np.ptp(y) > 0:
+            found.append(Score(method, indicator, seed, int(draw), r2(y, y_pred)))
     return found
 
 
@@ -186,7 +188,7 @@ def summarise(scores: Sequence[Score]) -> list[dict[str, Any]]:
     rows = []
     for (indicator, method), by_seed in _means(scores).items():
         own = [s for s in scores if (s.indicator, s.method) == (indicator, method)]
-        low, high = t_interval(list(by_seed.values()))
+        low, high = over_seeds(list(by_seed.values()))
         rows.append(
             {
                 "indicator": indicator,
@@ -210,7 +212,7 @@ def compare(scores: Sequence[Score]) -> list[dict[str, Any]]:
         if method == TEXT or not (shared := sorted(ours.keys() & theirs.keys())):
             continue
         differences = [ours[seed] - theirs[seed] for seed in shared]
-        low, high = t_interval(differences)
+        low, high = over_seeds(differences)
         rows.append(
             {
                 "indicator": indicator,
@@ -248,15 +250,11 @@ def _means(scores: Sequence[Score]) -> dict[tuple[str, str], dict[int, float]]:
     return {key: {seed: float(np.mean(values)) for seed, values in by_seed.items()} for key, by_seed in found.items()}
 
 
-def t_interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
-    """95% by Student's t; none for fewer than two values, or where all are equal: those have no seed of their own."""
-    from scipy.stats import t
-
+def over_seeds(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
+    """Student's interval of the mean; none for fewer than two, or where all are equal: those have no seed of their own."""
     if len(values) < 2 or np.ptp(values) == 0:
         return None, None
-    half = float(t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
-    mean = float(np.mean(values))
-    return mean - half, mean + half
+    return t_interval(np.array(values))
 
 
 def write_results(record: dict[str, Any], uri: str) -> None:

@@ -1,12 +1,13 @@
-"""Which keys of a config name a place that a run reads or writes."""
+"""Which keys of a config name a place that a run reads or writes, and where the weights behind such a place lie."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from urbanclip_ray.captioners.model_files import is_directory
-from urbanclip_ray.config import NO_WEIGHTS, RunConfig, UrbanClipSource, WorldSource
-from urbanclip_ray.storage import absolute
+from urbanclip_ray.config import NO_WEIGHTS, ConfigError, RunConfig, UrbanClipSource, WorldSource
+from urbanclip_ray.storage import Dataset, absolute, exists, find_dataset, join, read_bytes
 
 
 def list_places(config: RunConfig) -> dict[str, str]:
@@ -66,3 +67,32 @@ def _split_place(uri: str) -> tuple[str, str, str]:
         return f"{architecture}@", uri, ""
     uri, hash_mark, name = uri.partition("#")
     return before, uri, f"{hash_mark}{name}"
+
+
+def find_weights(uri: str) -> str:
+    """The folder of weights behind a URI: a run stands for its pretraining, RUN#NAME for one of its baselines, a dataset for
+    the weights in it; anything else, such as ARCHITECTURE@FILE, for itself.
+    """
+    before, place, after = _split_place(uri)
+    baseline = after.removeprefix("#")
+    if before:
+        return uri
+    if exists(run_file := join(place, "run.json")):
+        current = json.loads(read_bytes(run_file))["datasets"]
+        stage = f"trained_{baseline}" if baseline else "pretrain"
+        if stage not in current:
+            raise ConfigError(f"{uri}: that run has no {stage}; it has {', '.join(current)}")
+        place = join(place, current[stage])
+    elif baseline:
+        raise ConfigError(f"{uri}: {place} is no run with a run.json, so it has no baseline {baseline!r}")
+    dataset = find_dataset(place)
+    return weights_folder(dataset) if dataset else place
+
+
+def weights_folder(trained: Dataset) -> str:
+    """Where the weights of a pretraining, or of a baseline, lie in its dataset."""
+    from urbanclip_ray.evaluate.trained.encoder_files import ENCODER_CONFIG_FILE
+    from urbanclip_ray.model.weights import WEIGHTS_FILE
+
+    name = ENCODER_CONFIG_FILE if trained.manifest.stage.startswith("trained_") else WEIGHTS_FILE
+    return trained.file_uri(name).rsplit("/", 1)[0]

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from urbanclip_ray.config import BaselineName, RunConfig
+from urbanclip_ray.places import weights_folder
 from urbanclip_ray.stages import STAGES, Run, Stage, embed_content, pretrained_content
 from urbanclip_ray.storage import Publication, dataset_uri, find_dataset
 
@@ -64,9 +65,7 @@ def _features(run: Run, publication: Publication) -> None:
 
 
 def _embed_baseline(run: Run, publication: Publication, name: str) -> None:
-    from urbanclip_ray.evaluate.encoders import find_encoder
-
-    _embed(run, find_encoder(run.datasets[f"trained_{name}"].uri), publication)
+    _embed(run, weights_folder(run.datasets[f"trained_{name}"]), publication)
 
 
 def _embed_also(run: Run, publication: Publication, name: str) -> None:

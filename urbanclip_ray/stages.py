@@ -6,7 +6,6 @@ Follow one tile by reading `STAGES` from the top.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urbanclip_ray.captioners.model_files import ModelReference, resolve_model
 from urbanclip_ray.config import NO_WEIGHTS, ConfigError, RunConfig
 from urbanclip_ray.filesystems import use_stores
-from urbanclip_ray.places import list_places, with_absolute_paths
+from urbanclip_ray.places import find_weights, list_places, weights_folder, with_absolute_paths
 from urbanclip_ray.sources import open_source
-from urbanclip_ray.storage import Dataset, Publication, exists, find_dataset, join, read_bytes
+from urbanclip_ray.storage import Dataset, Publication, join
 from urbanclip_ray.terminal import open_console
 
 if TYPE_CHECKING:
@@ -80,9 +79,7 @@ class Run:
 
     def encoder_uri(self, name: str) -> str:
         """What is opened for the representation `name` of `embed.also`."""
-        from urbanclip_ray.evaluate.encoders import find_encoder
-
-        return find_encoder(self.config.embed.also[name])
+        return find_weights(self.config.embed.also[name])
 
     @cached_property
     def also_digests(self) -> dict[str, str]:
@@ -104,24 +101,6 @@ class Stage(NamedTuple):
     content: Callable[[Run], dict[str, Any]]
     make: Callable[[Run, Publication], None]
     wanted: Callable[[Run], bool]
-
-
-def find_weights(uri: str) -> str:
-    """The folder of weights behind a URI: such a folder, a pretrain dataset, or a run (its current pretraining)."""
-    run_file = join(uri, "run.json")
-    if exists(run_file):
-        current = json.loads(read_bytes(run_file))["datasets"]
-        if "pretrain" not in current:
-            raise ConfigError(f"embed.weights={uri}: that run pretrained nothing")
-        uri = join(uri, current["pretrain"])
-    dataset = find_dataset(uri)
-    return weights_folder(dataset) if dataset else uri
-
-
-def weights_folder(pretrained: Dataset) -> str:
-    from urbanclip_ray.model.weights import WEIGHTS_FILE
-
-    return pretrained.file_uri(WEIGHTS_FILE).rsplit("/", 1)[0]
 
 
 def _tiles(run: Run, publication: Publication) -> None:

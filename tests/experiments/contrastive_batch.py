@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from urbanclip_ray import apply_overrides, load_recipe, run_stages
 from urbanclip_ray.config import RunConfig
-from urbanclip_ray.stages import weights_folder
+from urbanclip_ray.places import weights_folder
 from urbanclip_ray.storage import read_bytes
 
 OUTPUT = Path(__file__).with_suffix(".json")

@@ -20,10 +20,11 @@ from small_run import ROOT, city_options, run_job, write_city
 from urbanclip_ray.model.weights import WEIGHTS_FILE
 from urbanclip_ray.overrides import apply_overrides
 from urbanclip_ray.pipeline import run_stages
+from urbanclip_ray.places import weights_folder
 from urbanclip_ray.recipes import load_recipe
 from urbanclip_ray.search_results import read_record
 from urbanclip_ray.search_space import plan_trials
-from urbanclip_ray.stages import Run, weights_folder
+from urbanclip_ray.stages import Run
 from urbanclip_ray.storage import Dataset, open_dataset
 from urbanclip_ray.tune import make_jobs
 

@@ -14,7 +14,8 @@ import ray
 from small_run import JOBS, NUM_COLUMNS, NUM_ROWS, city_options, run_job, write_city
 
 from urbanclip_ray.model.weights import load_model
-from urbanclip_ray.stages import STAGES, find_weights
+from urbanclip_ray.places import find_weights
+from urbanclip_ray.stages import STAGES
 from urbanclip_ray.storage import Dataset, find_dataset, open_dataset
 
 NUM_TILES = NUM_COLUMNS * NUM_ROWS

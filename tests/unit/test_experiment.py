@@ -18,10 +18,10 @@ from urbanclip_ray.experiment import (
     compare,
     conclude,
     list_arms,
+    over_seeds,
     run_experiment,
     score,
     summarise,
-    t_interval,
 )
 from urbanclip_ray.overrides import apply_overrides
 from urbanclip_ray.recipes import load_recipe
@@ -128,8 +128,8 @@ def test_the_table_has_the_mean_over_seeds_and_draws_and_an_interval_over_seeds(
 
 
 def test_one_seed_and_equal_values_have_no_interval():
-    assert t_interval([0.3]) == (None, None)
-    assert t_interval([0.3, 0.3, 0.3]) == (None, None)
+    assert over_seeds([0.3]) == (None, None)
+    assert over_seeds([0.3, 0.3, 0.3]) == (None, None)
 
 
 def test_differences_are_of_equal_seeds_alone():

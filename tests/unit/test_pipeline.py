@@ -17,7 +17,8 @@ from urbanclip_ray.config import ConfigError, RunConfig
 from urbanclip_ray.model.weights import WEIGHTS_FILE
 from urbanclip_ray.overrides import apply_overrides
 from urbanclip_ray.pipeline import find_parents, run_stages
-from urbanclip_ray.stages import SEARCH, STAGES, find_weights
+from urbanclip_ray.places import find_weights
+from urbanclip_ray.stages import SEARCH, STAGES
 from urbanclip_ray.storage import MissingDatasetError, find_dataset, open_dataset, publish
 
 NAMES = [stage.name for stage in STAGES]
@@ -222,7 +223,7 @@ def test_weights_are_found_in_a_folder_a_dataset_or_a_run(config, made, tmp_path
 
 def test_a_run_that_pretrained_nothing_has_no_weights(config, made, tmp_path):
     rerun(config, made, "embed.weights=elsewhere")
-    with pytest.raises(ConfigError, match="that run pretrained nothing"):
+    with pytest.raises(ConfigError, match="that run has no pretrain; it has tiles, "):
         find_weights(f"{tmp_path}/storage/tiny_test")
 
 

@@ -16,7 +16,7 @@ from urbanclip_ray import storage
 from urbanclip_ray.errors import UserError
 from urbanclip_ray.evaluate import plots
 from urbanclip_ray.evaluate.findings import SPACE_NAMES, distinct, interval_text, signed
-from urbanclip_ray.evaluate.page import as_csv, page_environment, read_template
+from urbanclip_ray.evaluate.page import as_csv, read_template, render_page
 from urbanclip_ray.evaluate.paired import compare_r2
 from urbanclip_ray.evaluate.plots import method_name
 from urbanclip_ray.storage import Dataset
@@ -143,23 +143,17 @@ def _page(record: Json) -> str:
         }
         for row in record["differences"]
     ]
-    return (
-        page_environment()
-        .from_string(read_template("compare.html"))
-        .render(
-            record=record,
-            rows=rows,
-            figures=figures,
-            indicators=distinct(record["differences"], "indicator"),
-            methods_apart=[(record[run]["run"], record[f"only_in_{run}"]) for run in ("first", "second")],
-            config=[
-                {"key": row["key"], **{run: json.dumps(row[run]) for run in ("first", "second")}} for row in record["config"]
-            ],
-            maps={"tiles": {"ids": [], "thumb": []}, "areas": [], "panels": [], "scales": {}, "sheets": {}},
-            style=read_template("report.css"),
-            script=read_template("report.js"),
-            plotly_js=get_plotlyjs(),
-        )
+    return render_page(
+        "compare.html",
+        record=record,
+        rows=rows,
+        figures=figures,
+        indicators=distinct(record["differences"], "indicator"),
+        methods_apart=[(record[run]["run"], record[f"only_in_{run}"]) for run in ("first", "second")],
+        config=[{"key": row["key"], **{run: json.dumps(row[run]) for run in ("first", "second")}} for row in record["config"]],
+        maps={"tiles": {"ids": [], "thumb": []}, "areas": [], "panels": [], "scales": {}, "sheets": {}},
+        script=read_template("report.js"),
+        plotly_js=get_plotlyjs(),
     )
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from urbanclip_ray.config import ConfigError, Features
+from urbanclip_ray.config import Features
 from urbanclip_ray.evaluate.trained.encoder_files import ENCODER_CONFIG_FILE, input_of, load_encoder_files
 from urbanclip_ray.evaluate.trained.loop import Input
 from urbanclip_ray.model.coca import build_model
 from urbanclip_ray.model.image_tower import TowerFeatures, fill_tower, read_tower, tower_px
 from urbanclip_ray.model.preprocess import normalise
-from urbanclip_ray.model.weights import WEIGHTS_FILE
-from urbanclip_ray.storage import exists, find_dataset, join, read_bytes
+from urbanclip_ray.storage import exists, join
 
 
 class Encoder(NamedTuple):
@@ -30,29 +28,8 @@ class Encoder(NamedTuple):
         return normalise(pixels, self.shown.mean, self.shown.std)
 
 
-def find_encoder(uri: str) -> str:
-    """What :func:`load_encoder` opens behind a URI: a run stands for its pretraining, RUN#NAME for one of its baselines, a
-    dataset for the weights in it; anything else for itself.
-    """
-    place, _, baseline = uri.partition("#")
-    run_file = join(place, "run.json")
-    if "@" not in place and exists(run_file):
-        current = json.loads(read_bytes(run_file))["datasets"]
-        stage = f"trained_{baseline}" if baseline else "pretrain"
-        if stage not in current:
-            raise ConfigError(f"{uri}: that run has no {stage}; it has {', '.join(current)}")
-        place = join(place, current[stage])
-    elif baseline:
-        raise ConfigError(f"{uri}: {place} is no run with a run.json, so it has no baseline {baseline!r}")
-    dataset = None if "@" in place else find_dataset(place)
-    if dataset is None:
-        return place
-    name = ENCODER_CONFIG_FILE if dataset.manifest.stage.startswith("trained_") else WEIGHTS_FILE
-    return dataset.file_uri(name).rsplit("/", 1)[0]
-
-
 def load_encoder(uri: str, features: Features = "embedding", untrained_seed: int | None = None) -> Encoder:
-    """The encoder of weights that :func:`find_encoder` found. Nothing is unpickled, no text tower is built.
+    """The encoder of weights that :func:`places.find_weights` found. Nothing is unpickled, no text tower is built.
 
     `features` says what is taken of an encoder with blocks; others have their one vector. With `untrained_seed` the
     architecture, a CoCa of ours, has the random weights that a pretraining of that seed starts from. Raises ConfigError naming

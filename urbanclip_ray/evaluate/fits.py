@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from urbanclip_ray.evaluate.methods import features_of
+from urbanclip_ray.evaluate.metrics import r2
 from urbanclip_ray.evaluate.regression import MLP, Probe, ProbeData
 from urbanclip_ray.evaluate.splits import PARTS
 
@@ -142,10 +143,3 @@ def _same_rows(inputs: Inputs, fit: Fit) -> Iterator[tuple[Rows, list[str]]]:
             rows = inputs.rows(fit, indicator)
             together.setdefault(np.concatenate(rows).tobytes(), (rows, []))[1].append(indicator)
     yield from together.values()
-
-
-def r2(y: np.ndarray, predicted: np.ndarray) -> float:
-    """R² of predictions [rows]; NaN where the targets are constant."""
-    if np.ptp(y) == 0:
-        return float("nan")
-    return 1 - float(((predicted - y) ** 2).sum() / ((y - y.mean()) ** 2).sum())

@@ -22,6 +22,7 @@ from urbanclip_ray.config import ProbeConfig, RunConfig, SplitConfig, UrbanClipS
 from urbanclip_ray.errors import UserError
 from urbanclip_ray.evaluate.baselines import unit_vectors
 from urbanclip_ray.evaluate.intervals import t_interval
+from urbanclip_ray.evaluate.metrics import r2
 from urbanclip_ray.evaluate.nearness import are_placed
 from urbanclip_ray.evaluate.splits import block_codes
 from urbanclip_ray.evaluate.targets import target_of, to_space
@@ -175,17 +176,15 @@ def _score(places: Places, y: np.ndarray, raw: np.ndarray, split: str, config: R
     if test.sum() < 2 or not train.any():
         return math.nan, math.nan
     repeated = float(np.isin(raw[test], raw[train]).mean())
-    if np.ptp(y[test]) == 0:
-        return math.nan, repeated
     model = KNeighborsRegressor(min(config.probe.num_neighbours, int(train.sum())), weights="distance")
     predicted = model.fit(places.neighbours[train], y[train]).predict(places.neighbours[test])
-    return 1 - float(((predicted - y[test]) ** 2).sum() / ((y[test] - y[test].mean()) ** 2).sum()), repeated
+    return r2(y[test], predicted), repeated
 
 
 def _line(city: str, indicator: str, split: str, num_tiles: int, scores: list[tuple[float, float]]) -> Leakage:
-    r2, repeated = np.array(scores).T
-    low, high = t_interval(r2)
-    figures = (float(r2.mean()), low, high, float(repeated.mean()))
+    scored, repeated = np.array(scores).T
+    low, high = t_interval(scored)
+    figures = (float(scored.mean()), low, high, float(repeated.mean()))
     return Leakage(city, indicator, split, num_tiles, *(figure if math.isfinite(figure) else None for figure in figures))
 
 

@@ -38,5 +38,10 @@ def read_template(name: str) -> str:
     return importlib.resources.files("urbanclip_ray.evaluate").joinpath(name).read_text("utf-8")
 
 
-def page_environment() -> jinja2.Environment:
-    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+def render_page(name: str, **values: Any) -> str:
+    """A page of ours; `values` are escaped, and what their template calls safe is none of the data's."""
+    loader = jinja2.FunctionLoader(read_template)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template(name).render(style=read_template("report.css"), **values)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from urbanclip_ray.evaluate.intervals import percentiles, resampled_scores, t_interval
+from urbanclip_ray.evaluate.metrics import r2
 
 Json = dict[str, Any]
 
@@ -28,16 +29,16 @@ def compare_r2(rows: pd.DataFrame) -> Json:
     for name, values in arrays.items():
         values[tiles, draws.ngroup().to_numpy()] = rows[name]
     y, predicted = arrays["y"], {name: arrays[name] for name in ("first", "second")}
-    r2 = {name: _per_seed(y, values, seeds) for name, values in predicted.items()}
-    differences = r2["second"] - r2["first"]
+    scores = {name: _per_seed(y, values, seeds) for name, values in predicted.items()}
+    differences = scores["second"] - scores["first"]
     low, high = t_interval(differences)
     low_tiles = high_tiles = math.nan
     if not np.isnan(differences).any():
         resampled = resampled_scores(y, predicted, np.arange(len(y)))
         low_tiles, high_tiles = percentiles(resampled["second"]["r2"] - resampled["first"]["r2"])
     numbers = {
-        "r2_first": r2["first"].mean(),
-        "r2_second": r2["second"].mean(),
+        "r2_first": scores["first"].mean(),
+        "r2_second": scores["second"].mean(),
         "mean": differences.mean(),
         "low": low,
         "high": high,
@@ -54,12 +55,6 @@ def compare_r2(rows: pd.DataFrame) -> Json:
 
 def _per_seed(y: np.ndarray, predicted: np.ndarray, seeds: np.ndarray) -> np.ndarray:
     """R² of the tiles that each draw holds out, folds of a seed averaged [seeds]; NaN where their targets are constant."""
-    values = np.array([_r2(y[:, draw], predicted[:, draw]) for draw in range(y.shape[1])])
-    return np.array([values[seeds == seed].mean() for seed in np.unique(seeds)])
-
-
-def _r2(y: np.ndarray, predicted: np.ndarray) -> float:
     held_out = ~np.isnan(y)
-    y, error = y[held_out], predicted[held_out] - y[held_out]
-    spread = ((y - y.mean()) ** 2).sum()
-    return float(1 - (error**2).sum() / spread) if np.ptp(y) > 0 else math.nan
+    values = np.array([r2(y[own, draw], predicted[own, draw]) for draw, own in enumerate(held_out.T)])
+    return np.array([values[seeds == seed].mean() for seed in np.unique(seeds)])

@@ -23,7 +23,7 @@ from urbanclip_ray.evaluate.findings import distinct, finding, main_finding, pai
 from urbanclip_ray.evaluate.gallery import caption_gallery, search_examples
 from urbanclip_ray.evaluate.leaderboard import board_tables, make_leaderboard
 from urbanclip_ray.evaluate.maps import make_maps
-from urbanclip_ray.evaluate.page import as_csv, page_environment, read_template
+from urbanclip_ray.evaluate.page import as_csv, read_template, render_page
 from urbanclip_ray.evaluate.plots import method_name
 from urbanclip_ray.evaluate.thumbnails import Sheets, make_sheets
 from urbanclip_ray.storage import Dataset
@@ -94,44 +94,40 @@ def _page(config: RunConfig, datasets: Mapping[str, Dataset], record: Json) -> s
     findings = [finding(indicator, record) for indicator in distinct(record["probe"], "indicator")]
     sheets = make_sheets(datasets["tiles"], config.report.max_thumbnails, 1e6 * config.report.max_thumbnail_mb)
     maps = make_maps(datasets, record, _mapped_method(record), sheets, figures)
-    return (
-        page_environment()
-        .from_string(read_template("report.html"))
-        .render(
-            run=config.run,
-            outer=outer,
-            lead=_lead(config, datasets, record),
-            findings=findings,
-            main_finding=main_finding(findings),
-            boards=board_tables(record["leaderboard"], outer),
-            transductive=record["transductive"],
-            table=score_table(record),
-            paired=[paired_row(row) for row in record["paired"]],
-            dots=_score_dots(record, figures),
-            ablations=ablation_tables(record["experiment"]),
-            transfers=transfer_tables([*transfer_records(record), *record["experiment"]]),
-            cities=city_tables(record),
-            notes=_probe_notes(datasets["probe"]),
-            maps=maps,
-            nearness=datasets["splits"].manifest.facts.get("nearness", {}),
-            thumbnails=_thumbnail_note(sheets),
-            sheets=[base64.b64encode(sheet).decode() for sheet in sheets.sheets],
-            mapped=method_name(_mapped_method(record)),
-            training=_training(datasets, figures),
-            retrieval=_retrieval_rows(record["retrieval"] or []),
-            searches=search_examples(datasets),
-            gallery=caption_gallery(datasets, outer),
-            rule_based=config.caption.captioner == "land_cover" and "captions" in datasets,
-            captioner=_captioner_name(config, datasets),
-            provenance=record["provenance"],
-            libraries=_libraries(record["provenance"]),
-            config_json=json.dumps(record["config"], indent=2),
-            source=config.source.kind,
-            figures=figures,
-            style=read_template("report.css"),
-            script=read_template("report.js"),
-            plotly_js=get_plotlyjs(),
-        )
+    return render_page(
+        "report.html",
+        run=config.run,
+        outer=outer,
+        lead=_lead(config, datasets, record),
+        findings=findings,
+        main_finding=main_finding(findings),
+        boards=board_tables(record["leaderboard"], outer),
+        transductive=record["transductive"],
+        table=score_table(record),
+        paired=[paired_row(row) for row in record["paired"]],
+        dots=_score_dots(record, figures),
+        ablations=ablation_tables(record["experiment"]),
+        transfers=transfer_tables([*transfer_records(record), *record["experiment"]]),
+        cities=city_tables(record),
+        notes=_probe_notes(datasets["probe"]),
+        maps=maps,
+        nearness=datasets["splits"].manifest.facts.get("nearness", {}),
+        thumbnails=_thumbnail_note(sheets),
+        sheets=[base64.b64encode(sheet).decode() for sheet in sheets.sheets],
+        mapped=method_name(_mapped_method(record)),
+        training=_training(datasets, figures),
+        retrieval=_retrieval_rows(record["retrieval"] or []),
+        searches=search_examples(datasets),
+        gallery=caption_gallery(datasets, outer),
+        rule_based=config.caption.captioner == "land_cover" and "captions" in datasets,
+        captioner=_captioner_name(config, datasets),
+        provenance=record["provenance"],
+        libraries=_libraries(record["provenance"]),
+        config_json=json.dumps(record["config"], indent=2),
+        source=config.source.kind,
+        figures=figures,
+        script=read_template("report.js"),
+        plotly_js=get_plotlyjs(),
     )
 
 

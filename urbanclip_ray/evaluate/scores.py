@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from urbanclip_ray.evaluate.intervals import deviation, percentiles, resampled_scores, t_interval
+from urbanclip_ray.evaluate.metrics import r2
 from urbanclip_ray.evaluate.regression import MLP
 
 Json = dict[str, Any]
@@ -178,11 +179,10 @@ def _per_draw(cell: Cell, method: str, metric: str) -> np.ndarray:
     scores = []
     for draw in range(cell.y.shape[1]):
         held_out = cell.held_out[:, draw]
-        y = cell.y[held_out, draw]
-        error = cell.predicted[method][held_out, draw] - y
+        y, predicted = cell.y[held_out, draw], cell.predicted[method][held_out, draw]
+        error = predicted - y
         if metric == "r2":
-            defined = np.ptp(y) > 0
-            scores.append(1 - (error**2).sum() / ((y - y.mean()) ** 2).sum() if defined else np.nan)
+            scores.append(r2(y, predicted))
         else:
             scores.append(np.sqrt((error**2).mean()) if metric == "rmse" else np.abs(error).mean())
     return np.array(scores)

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from urbanclip_ray.config import ConfigError
 from urbanclip_ray.errors import UserError
-from urbanclip_ray.evaluate.page import page_environment, read_template
+from urbanclip_ray.evaluate.page import render_page
 from urbanclip_ray.evaluate.prompts import vectors_of
 from urbanclip_ray.evaluate.thumbnails import read_images, thumbnail_uri
 from urbanclip_ray.storage import Dataset, join, write_bytes
@@ -85,15 +85,11 @@ def search_run(run: Any, text: str, num_tiles: int) -> None:
 def write_search_page(text: str, found: list[FoundTile], tiles: Dataset, run_uri: str) -> str:
     """Write `<run>/search/<digest of the text>.html`, one file that needs no other; returns its URI."""
     images = read_images(tiles, [tile.tile_id for tile in found])
-    page = (
-        page_environment()
-        .from_string(read_template("search.html"))
-        .render(
-            text=text,
-            style=read_template("report.css"),
-            num_tiles=tiles.manifest.rows_out,
-            rows=[tile._asdict() | {"image": thumbnail_uri(images.get(tile.tile_id), THUMBNAIL_PX)} for tile in found],
-        )
+    page = render_page(
+        "search.html",
+        text=text,
+        num_tiles=tiles.manifest.rows_out,
+        rows=[tile._asdict() | {"image": thumbnail_uri(images.get(tile.tile_id), THUMBNAIL_PX)} for tile in found],
     )
     uri = join(run_uri, "search", f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.html")
     write_bytes(uri, page.encode())

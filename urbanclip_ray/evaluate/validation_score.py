@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from urbanclip_ray.config import ConfigError, PixelsConfig, RunConfig
 from urbanclip_ray.errors import UserError
 from urbanclip_ray.evaluate.fits import MIN_ROWS
+from urbanclip_ray.evaluate.metrics import r2
 from urbanclip_ray.evaluate.probe import read_indicators
 from urbanclip_ray.evaluate.regression import ProbeData, RidgeProbe
 from urbanclip_ray.evaluate.targets import target_of, to_space
@@ -81,7 +82,7 @@ def score_vectors(vectors: np.ndarray, rows: ProbeRows, alphas: tuple[float, ...
         train, val = (np.flatnonzero(np.isfinite(y) & part) for part in (is_train, ~is_train))
         x_val, y_val = vectors[val], y[val]
         _, predicted = RidgeProbe(alphas).select(ProbeData(vectors[train], y[train], x_val, y_val, test_x=x_val))
-        scores[name] = 1 - float(np.sum((y_val - predicted) ** 2) / np.sum((y_val - y_val.mean()) ** 2))
+        scores[name] = r2(y_val, predicted)
     return scores
 
 

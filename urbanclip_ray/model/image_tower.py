@@ -49,9 +49,10 @@ def read_tower(uri: str) -> TowerFiles:
     uri = uri.removeprefix(LOCAL_DIR)
     architecture, _, file = uri.partition("@")
     if file and "/" not in architecture:
-        config = json.dumps({"model_cfg": get_model_config(architecture)}).encode()
-        if get_model_config(architecture) is None:
+        found = get_model_config(architecture)
+        if found is None:
             raise ConfigError(f"{uri}: {architecture!r} is no model of open_clip; it has {', '.join(list_models())}")
+        config = json.dumps({"model_cfg": found}).encode()
         return _tower_files(config, _read(file, f"{uri} names"), file)
     config_file = join(uri, CONFIG_FILE)
     config = _read(config_file, f"{uri} is not a folder of weights: it needs")

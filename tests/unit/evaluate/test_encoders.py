@@ -18,13 +18,14 @@ from PIL import Image
 from torch.nn import functional as F
 
 from urbanclip_ray.config import ConfigError, ModelConfig
-from urbanclip_ray.evaluate.encoders import find_encoder, load_encoder
+from urbanclip_ray.evaluate.encoders import load_encoder
 from urbanclip_ray.evaluate.training_tiles import training_tiles
 from urbanclip_ray.model.architectures import open_clip_config
 from urbanclip_ray.model.coca import build_model
 from urbanclip_ray.model.image_tower import TowerFeatures, make_tower
 from urbanclip_ray.model.tokenize import train_bpe
 from urbanclip_ray.model.weights import load_model, weight_files
+from urbanclip_ray.places import find_weights
 from urbanclip_ray.storage import open_dataset, publish
 
 CLIP = {  # no CoCa: a plain CLIP with its own pixel statistics
@@ -168,15 +169,15 @@ def test_a_baseline_is_found_in_its_run_by_name(tmp_path):
         publication.write_file("encoder.json", b"{}")
     run = tmp_path / "storage" / "run"
     (run / "run.json").write_text(json.dumps({"datasets": {"trained_simclr": "trained_simclr/0123"}}))
-    folder = find_encoder(f"{run}#simclr")
-    assert folder == find_encoder(str(dataset))
+    folder = find_weights(f"{run}#simclr")
+    assert folder == find_weights(str(dataset))
     assert (Path(folder) / "encoder.json").exists()
     with pytest.raises(ConfigError, match="that run has no trained_pca; it has trained_simclr"):
-        find_encoder(f"{run}#pca")
+        find_weights(f"{run}#pca")
     with pytest.raises(ConfigError, match="that run has no pretrain"):
-        find_encoder(str(run))
+        find_weights(str(run))
     with pytest.raises(ConfigError, match="is no run"):
-        find_encoder(f"{tmp_path}#pca")
+        find_weights(f"{tmp_path}#pca")
 
 
 def test_the_probe_finds_out_which_tiles_a_baseline_was_trained_on(tmp_path):
@@ -184,7 +185,7 @@ def test_the_probe_finds_out_which_tiles_a_baseline_was_trained_on(tmp_path):
     with publish(str(tmp_path / "trained_simclr" / "0123"), "trained_simclr", {}, {}) as publication:
         publication.write_table(ids)
         publication.write_file("encoder.json", b"{}")
-    folder = find_encoder(str(tmp_path / "trained_simclr" / "0123"))
+    folder = find_weights(str(tmp_path / "trained_simclr" / "0123"))
     with publish(str(tmp_path / "baseline_simclr"), "baseline_simclr", {}, {}) as publication:
         publication.facts["weights"] = {"uri": folder, "digest": "0123"}
     assert training_tiles(open_dataset(str(tmp_path / "baseline_simclr"))).to_pylist() == ["r/1", "r/2"]

@@ -55,11 +55,11 @@ class Reconstruction:
         self._painter = Painter(image_px, width, encoder.side)
         self.module = nn.ModuleList([encoder, self._painter])
 
-    def places(self, batch: np.ndarray, random: np.random.Generator) -> list[np.ndarray]:  # noqa: ARG002  one view
+    def places(self, batch: np.ndarray, random: np.random.Generator) -> list[np.ndarray]:
         return [batch]
 
     def forward(self, images: Sequence[Tensor]) -> list[Tensor]:
         return [self._painter(self.encoder(images[0]))]
 
-    def loss(self, outputs: Sequence[Tensor], images: Sequence[Tensor], batch: np.ndarray) -> Tensor:  # noqa: ARG002
+    def loss(self, outputs: Sequence[Tensor], images: Sequence[Tensor], batch: np.ndarray) -> Tensor:
         return F.mse_loss(outputs[0], images[0])

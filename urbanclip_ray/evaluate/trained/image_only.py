@@ -24,13 +24,13 @@ class AugmentationContrast:
         self.module.encoder = encoder
         self.module.register_parameter("logit_scale", self._scale)
 
-    def places(self, batch: np.ndarray, random: np.random.Generator) -> list[np.ndarray]:  # noqa: ARG002  no choice
+    def places(self, batch: np.ndarray, random: np.random.Generator) -> list[np.ndarray]:
         return [batch, batch]
 
     def forward(self, images: Sequence[Tensor]) -> list[Tensor]:
         return list(self.encoder(torch.cat(list(images))).chunk(2))
 
-    def loss(self, outputs: Sequence[Tensor], images: Sequence[Tensor], batch: np.ndarray) -> Tensor:  # noqa: ARG002
+    def loss(self, outputs: Sequence[Tensor], images: Sequence[Tensor], batch: np.ndarray) -> Tensor:
         first, second = (F.normalize(output, dim=-1) for output in outputs)
         tiles = torch.from_numpy(batch).to(first.device)
         return contrastive_loss(first, second, tiles, self._scale.clamp(0, self._max_scale).exp())

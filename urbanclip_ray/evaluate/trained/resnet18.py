@@ -57,13 +57,13 @@ class Regression:
         self._head = nn.Linear(WIDTH, targets.shape[1])
         self.module = nn.ModuleList([encoder, self._head])
 
-    def places(self, batch: np.ndarray, random: np.random.Generator) -> list[np.ndarray]:  # noqa: ARG002  one view
+    def places(self, batch: np.ndarray, random: np.random.Generator) -> list[np.ndarray]:
         return [batch]
 
     def forward(self, images: Sequence[Tensor]) -> list[Tensor]:
         return [self._head(self.encoder(images[0]))]
 
-    def loss(self, outputs: Sequence[Tensor], images: Sequence[Tensor], batch: np.ndarray) -> Tensor:  # noqa: ARG002
+    def loss(self, outputs: Sequence[Tensor], images: Sequence[Tensor], batch: np.ndarray) -> Tensor:
         wanted = self._targets[batch].to(outputs[0].device)
         known = torch.isfinite(wanted)
         errors = torch.where(known, outputs[0] - torch.where(known, wanted, 0.0), 0.0) ** 2

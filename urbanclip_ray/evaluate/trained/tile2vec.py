@@ -44,6 +44,6 @@ class Triplets:
     def forward(self, images: Sequence[Tensor]) -> list[Tensor]:
         return [self.encoder(view) for view in images]
 
-    def loss(self, outputs: Sequence[Tensor], images: Sequence[Tensor], batch: np.ndarray) -> Tensor:  # noqa: ARG002
+    def loss(self, outputs: Sequence[Tensor], images: Sequence[Tensor], batch: np.ndarray) -> Tensor:
         triplet: Tensor = self._loss(*outputs)
         return triplet + self._norm_weight * sum((output.square().sum(dim=1).mean() for output in outputs), start=0.0)
