@@ -59,6 +59,6 @@ def browser() -> Iterator[Any]:
         message = "no Chromium here: `make test-all` installs it where it can"
         if os.environ.get("URBANCLIP_RAY_NEEDS_BROWSER"):
             pytest.fail(message)
-        pytest.skip(message)
+        pytest.skip(message)  # as above
     with open_browser() as opened:
         yield opened

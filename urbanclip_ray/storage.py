@@ -321,7 +321,7 @@ def publish(uri: str, stage: str, config: dict[str, Any], parents: dict[str, Dat
         )
         if not create_exclusively(join(uri, MANIFEST), manifest.model_dump_json(indent=1).encode()):
             delete_folder(publication.data_uri)
-    except BaseException as error:
+    except BaseException as error:  # an interrupt, too, must leave no half of an attempt
         _discard(publication)
         if isinstance(error, OSError):
             raise explain_os_error(error, uri) from error

@@ -45,7 +45,7 @@ def find_in_rank(root: str, rank_in_distress: int | None = None) -> list[Any]:
     dist.all_gather_object([None] * dist.get_world_size(), 0)  # so that the ranks' own connections are there
     if dist.get_rank() == rank_in_distress:
         resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
-        with suppress(OSError):
+        with suppress(OSError):  # the one that says that no file can be opened any more
             while True:
                 os.open(os.devnull, os.O_RDONLY)
     told: list[str] = []

@@ -86,7 +86,7 @@ class RunConfig(Section):
         """The numbers of workers that may train, least first: those of `resources.num_workers` that can share out a step."""
         counts = []
         for count in range(self.resources.min_workers, self.resources.max_workers + 1):
-            with suppress(ValueError):
+            with suppress(ValueError):  # a step cannot be shared out to so many
                 self.train.cut_step(count)
                 counts.append(count)
         return counts

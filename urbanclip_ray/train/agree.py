@@ -40,7 +40,7 @@ def from_first(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T
     if rank == 0:
         try:
             outcome[0] = function(*args, **kwargs)
-        except Exception as error:
+        except Exception as error:  # the other ranks wait for an answer, whatever it is
             outcome[1] = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:

@@ -124,7 +124,7 @@ def prefetch(items: Iterable[T], depth: int = 1) -> Iterator[T]:
                 if stopped.is_set():
                     return
             offer(done)
-        except BaseException as error:
+        except BaseException as error:  # of a thread: raised where the items are taken
             offer(error)
 
     threading.Thread(target=fill, daemon=True, name="prefetch").start()

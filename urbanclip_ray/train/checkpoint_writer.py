@@ -115,7 +115,7 @@ class CheckpointWriter:
             if self._rank == 0 and (entries := self._wait_for_ranks(snapshot)):
                 self._commit(snapshot, entries)
                 self._prune(snapshot.step)
-        except BaseException as error:
+        except BaseException as error:  # of a thread: raised by the next save, or by close
             self._error = error
 
     def _uri(self, step: int) -> str:

@@ -260,7 +260,7 @@ def test_a_file_of_pixels_is_gone_with_its_step(packed):
 
 
 def test_a_full_disk_is_named_with_the_fix(packed, monkeypatch):
-    monkeypatch.setattr(spool.tempfile, "TemporaryFile", lambda **how: open("/dev/full", "w+b", **how))  # noqa: SIM115
+    monkeypatch.setattr(spool.tempfile, "TemporaryFile", lambda **how: open("/dev/full", "w+b", **how))  # noqa: SIM115 closed by the spool
     with pytest.raises(OSError, match="TMPDIR") as caught:
         steps(packed)
     assert caught.value.errno == errno.ENOSPC
