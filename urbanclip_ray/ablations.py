@@ -8,14 +8,7 @@ from urbanclip_ray.config import NO_WEIGHTS, RunConfig, Section
 
 FULL = "full"
 WITHOUT_TEXT = "without_text"
-# One question each, for captioners that take a prompt
-ASPECTS = {
-    "land_use": "Describe the land use of this satellite image in a few sentences.",
-    "buildings": "Describe the buildings of this satellite image, their size, density and kind, in a few sentences.",
-    "roads": "Describe the roads and other transport in this satellite image in a few sentences.",
-    "nature": "Describe the vegetation, water and open land of this satellite image in a few sentences.",
-    "people": "Describe how people live and work in the place that this satellite image shows, in a few sentences.",
-}
+ASPECTS = ("overview", "buildings", "roads", "vegetation_and_water", "human_activity")  # prompts by name, one in each arm
 
 
 def ablations(base: RunConfig) -> dict[str, RunConfig]:
@@ -34,7 +27,7 @@ def ablations(base: RunConfig) -> dict[str, RunConfig]:
     other_mode = "paragraph" if train.text_mode == "sentence" else "sentence"
     arms[other_mode] = {"train": {"text_mode": other_mode}}
     if caption.uses_model:
-        arms |= {f"aspect_{name}": {"caption": {"prompt": prompt}} for name, prompt in ASPECTS.items()}
+        arms |= {f"aspect_{name}": {"caption": {"prompts": (name,)}} for name in ASPECTS}
     if caption.captioner != "land_cover":
         arms["captioner_land_cover"] = {"caption": {"captioner": "land_cover"}}
     weights = {"contrastive_weight": train.contrastive_weight, "caption_weight": train.caption_weight}

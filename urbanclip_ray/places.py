@@ -18,7 +18,7 @@ def list_places(config: RunConfig) -> dict[str, str]:
         "source.release": getattr(config.source, "release", ""),
         "labels.csv": config.labels.csv,
         **{f"labels.rasters.{name}": raster.uri for name, raster in config.labels.rasters.items()},
-        "caption.model": config.caption.model if is_directory(config.caption.model) else "",
+        "caption.model": config.caption.model if _is_model_directory(config) else "",
         "model.pretrained": config.model.pretrained if config.model.pretrained_is_file else "",
         "embed.weights": "" if config.embed.weights == NO_WEIGHTS else config.embed.weights,
         "baselines.resnet18_weights": config.baselines.resnet18_weights,
@@ -26,6 +26,10 @@ def list_places(config: RunConfig) -> dict[str, str]:
         "report.experiment": config.report.experiment,
     }
     return {key: value for key, value in values.items() if value}
+
+
+def _is_model_directory(config: RunConfig) -> bool:
+    return config.caption.has_weights and is_directory(config.caption.model)
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -43,7 +47,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     start = config.baselines.resnet18_weights
     baselines = config.baselines.model_copy(update={"resnet18_weights": absolute(start)})
     caption = config.caption
-    if is_directory(caption.model):
+    if _is_model_directory(config):
         caption = caption.model_copy(update={"model": absolute(caption.model)})
     report = config.report.model_copy(update={"experiment": absolute(config.report.experiment)})
     rasters = {name: raster.model_copy(update={"uri": absolute(raster.uri)}) for name, raster in config.labels.rasters.items()}

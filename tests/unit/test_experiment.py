@@ -51,8 +51,9 @@ def test_an_arm_differs_from_its_base_in_one_thing():
 
 def test_a_captioner_that_is_asked_is_asked_about_one_aspect_at_a_time():
     arms = ablations(load_recipe("urbanclip_beijing"))
-    prompts = {name: arm.caption.prompt for name, arm in arms.items() if name.startswith("aspect_")}
-    assert len(set(prompts.values())) == len(prompts) == 5
+    asked = {name: arm.caption.asked() for name, arm in arms.items() if name.startswith("aspect_")}
+    assert {len(prompts) for prompts in asked.values()} == {1}
+    assert len(set(asked.values())) == len(asked) == 5
 
 
 def test_arms_that_would_not_differ_or_could_not_learn_are_left_out():

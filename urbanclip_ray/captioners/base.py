@@ -24,6 +24,7 @@ class Tile(NamedTuple):
     tile_id: str
     image: bytes
     pixels: PixelsConfig
+    prompt: str = ""  # what is asked about it, its own metadata filled in; for captioners that are asked
 
     @property
     def sha256(self) -> str:

@@ -23,11 +23,11 @@ UNUSED_ON_HUB = ("*/*.safetensors", "consolidated*.safetensors")  # the same wei
 
 
 class ModelReference(NamedTuple):
-    """One model, exactly: `revision` is a commit of the hub, or the digest of a directory's files."""
+    """One model: `revision` is a commit of the hub, the digest of a directory's files, or what is said of an endpoint."""
 
-    name: str  # the hub id, or the directory's last component
+    name: str  # the hub id, the directory's last component, or the endpoint's name for it
     revision: str
-    place: str  # the hub id, an absolute path or a URI
+    place: str  # the hub id, an absolute path or a URI; the endpoint's URL
     is_hub: bool
 
 
@@ -41,6 +41,8 @@ def resolve_model(config: CaptionConfig) -> ModelReference:
 
     A hub's branch or tag becomes its commit, from the hub or, where that cannot be reached, from the local cache.
     """
+    if not config.has_weights:
+        return ModelReference(config.model, config.revision, config.endpoint, is_hub=False)
     if not is_directory(config.model):
         return ModelReference(config.model, _hub_commit(config.model, config.revision), config.model, is_hub=True)
     place = absolute(config.model).rstrip("/")

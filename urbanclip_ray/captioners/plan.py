@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from urbanclip_ray.captioners.caption import CaptionBatch, CaptionError, CaptionWork, refuse_unusable
+from urbanclip_ray.captioners.prompts import METADATA_COLUMNS
 from urbanclip_ray.captioners.sample import describe_tiles, draw_tiles
 
 NUM_TIMED_TILES = 16
@@ -21,8 +23,8 @@ class CaptionPlan(NamedTuple):
     num_captions: int
     num_stored: int  # with those of the timed sample, which are kept
     num_timed: int  # tiles
-    seconds_per_tile: float | None  # of one actor; None where nothing was left to time
-    samples_per_tile: int
+    seconds_per_tile: float | None  # of one actor; None where nothing was timed; engines of vLLM never are
+    samples_per_tile: int  # captions, of all prompts
     gpus_per_actor: float
     num_actors: int
 
@@ -37,7 +39,7 @@ class CaptionPlan(NamedTuple):
             "to be generated",
         ]
         if self.seconds_per_tile is None:
-            return "\n".join([*lines, "cost: nothing was left to time"])
+            return "\n".join([*lines, "cost: nothing was timed"])
         hours = self.num_missing / self.samples_per_tile * self.seconds_per_tile / 3600
         unit, share = ("GPU", self.gpus_per_actor) if self.gpus_per_actor else ("CPU", 1.0)
         lines.append(
@@ -54,19 +56,18 @@ def plan_captions(work: CaptionWork, num_timed_tiles: int = NUM_TIMED_TILES) -> 
 
     Raises CaptionError when the captioner cannot be used.
     """
-    table = work.tiles.read(["tile_id", "sha256", "error"])
-    readable = {row["tile_id"]: row["sha256"] for row in table.to_pylist() if row["error"] is None}
+    table = work.tiles.read(["tile_id", "sha256", "error", *METADATA_COLUMNS])
+    readable = {row["tile_id"]: row for row in table.to_pylist() if row["error"] is None}
     if work.model is not None:
         readable = {tile_id: readable[tile_id] for tile_id in readable.keys() - work.given_tiles()}
-    store, origin = work.store(), work.origins()[-1]
     samples = work.config.decoding.num_samples
-    tile_of = {sha256: tile_id for tile_id, sha256 in readable.items()}
-    missing = [tile_of[sha256] for sha256 in tile_of if store is None or store.find(sha256, samples) is None]
-    num_timed, seconds = _time(work, missing, num_timed_tiles) if missing else (0, 0.0)
-    if store is not None:
-        store.refresh()
-    stored = store.keys() if store is not None else set()
-    keys = {origin.key(sha256, sample) for sha256 in tile_of for sample in range(samples)}
+    keys_of = {tile_id: _keys(row, work, samples) for tile_id, row in readable.items()}
+    tile_of = {tuple(keys): tile_id for tile_id, keys in keys_of.items()}
+    known = work.stored_keys()
+    missing = [tile_id for keys, tile_id in tile_of.items() if not known.issuperset(keys)]
+    num_timed, seconds = _time(work, missing, num_timed_tiles) if missing and work.config.captioner != "vllm" else (0, 0.0)
+    stored = work.stored_keys()
+    keys = {key for keys in tile_of for key in keys}
     return CaptionPlan(
         num_tiles=len(readable),
         num_unreadable=table.num_rows - len(readable),
@@ -74,10 +75,17 @@ def plan_captions(work: CaptionWork, num_timed_tiles: int = NUM_TIMED_TILES) -> 
         num_stored=len(keys & stored),
         num_timed=num_timed,
         seconds_per_tile=seconds / num_timed if num_timed else None,
-        samples_per_tile=samples,
+        samples_per_tile=samples * (len(work.config.asked()) if work.model is not None else 1),
         gpus_per_actor=work.config.gpus_per_actor,
         num_actors=work.config.num_actors,
     )
+
+
+def _keys(tile: Mapping[str, Any], work: CaptionWork, num_samples: int) -> list[str]:
+    """Keys of the captions that a tile is to have; a prompt that cannot be filled has none."""
+    prompts = [prompt for prompt in work.prompts_of(tile) if isinstance(prompt, str)] if work.model is not None else []
+    origins = [work.model_origin(prompt) for prompt in prompts] if work.model is not None else [work.origins()[-1]]
+    return [origin.key(tile["sha256"], sample) for origin in origins for sample in range(num_samples)]
 
 
 def _time(work: CaptionWork, tile_ids: list[str], num_tiles: int) -> tuple[int, float]:

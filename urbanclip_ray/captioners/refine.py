@@ -9,18 +9,12 @@ import pyarrow as pa
 import ray.data
 
 from urbanclip_ray import dataflow
+from urbanclip_ray.captioners.sentences import split_sentences
 from urbanclip_ray.config import RefineConfig
 from urbanclip_ray.schema import PAIRS
 from urbanclip_ray.storage import Dataset, Publication, resolve
 
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9\"'(])")
 WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
-
-
-def split_sentences(text: str) -> list[str]:
-    """Sentences of a description, blanks folded; an empty text is one empty sentence, so that it is counted."""
-    folded = " ".join(text.split())
-    return SENTENCE_END.split(folded)
 
 
 def refine_sentences(sentences: list[str], config: RefineConfig) -> tuple[list[str], list[tuple[str, str]]]:

@@ -96,6 +96,10 @@ class StoredCaptioner:
         self._load = load
         self._captioner: Captioner | UnusableCaptionerError | None = None
 
+    @property
+    def origin(self) -> Origin:
+        return self._store.origin
+
     def describe(self, tiles: Sequence[Tile]) -> list[list[str] | Exception]:
         hashes = [tile.sha256 for tile in tiles]
         errors: dict[str, Exception] = {}

@@ -1,6 +1,6 @@
 """The captioner `transformers`: any image-text-to-text model of the transformers library, and BLIP.
 
-A model with a chat template is asked `caption.prompt` as a user's turn with the tile, and its answer is the caption. A model
+A model with a chat template is asked the tile's prompt as a user's turn with the tile, and its answer is the caption. A model
 whose processor marks the image's place in the prompt gets the prompt as it stands. A model like BLIP knows neither: it
 takes the prompt as the caption's first words and goes on from there.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -27,12 +27,19 @@ class GenerationError(RuntimeError):
         super().__init__(f"the model failed: {detail}")
 
 
-def origin_of(config: CaptionConfig, reference: ModelReference) -> Origin:
+class Question(NamedTuple):
+    """One image and what is asked about it."""
+
+    image: Image.Image
+    prompt: str
+
+
+def origin_of(config: CaptionConfig, reference: ModelReference, prompt: str) -> Origin:
     """What decides the model's texts. The chat template is a file of the model, so the revision covers it."""
     decoding = {name: value for name, value in config.decoding.content().items() if name != "num_samples"}
     if config.decoding.temperature == 0:
         decoding = {name: decoding[name] for name in ("max_new_tokens", "num_beams")}  # nothing is drawn
-    return Origin(reference.name, reference.revision, config.prompt, decoding | {"dtype": config.dtype})
+    return Origin(reference.name, reference.revision, prompt, decoding | {"dtype": config.dtype})
 
 
 class VisionLanguageCaptioner:
@@ -43,18 +50,21 @@ class VisionLanguageCaptioner:
 
     def __init__(self, config: CaptionConfig, reference: ModelReference) -> None:
         folder = fetch_model(reference, config.cache_folder)
-        self._prompt = config.prompt
         self._decoding = config.decoding
         self._processor, self._model = _load(folder, config, reference)
         self._has_chat = getattr(self._processor, "chat_template", None) is not None
         self._answers = self._has_chat or getattr(self._processor, "image_token", None) is not None
 
     def describe(self, tiles: Sequence[Tile]) -> list[list[str] | Exception]:
-        images = [_pixels(tile) for tile in tiles]
-        texts = iter(self._texts([image for image in images if isinstance(image, Image.Image)]))
-        return [next(texts) if isinstance(image, Image.Image) else image for image in images]
+        """Tiles with one prompt are described together: BLIP does not hide what fills up a shorter prompt."""
+        questions = [_question(tile) for tile in tiles]
+        texts = {
+            prompt: iter(self._texts([each for each in questions if isinstance(each, Question) and each.prompt == prompt]))
+            for prompt in dict.fromkeys(tile.prompt for tile in tiles)
+        }
+        return [next(texts[each.prompt]) if isinstance(each, Question) else each for each in questions]
 
-    def _texts(self, images: list[Image.Image]) -> list[list[str] | Exception]:
+    def _texts(self, images: list[Question]) -> list[list[str] | Exception]:
         """Texts or errors of images; a batch that fails is halved until the image at fault stands alone."""
         if not images:
             return []
@@ -67,11 +77,12 @@ class VisionLanguageCaptioner:
         half = len(images) // 2
         return self._texts(images[:half]) + self._texts(images[half:])
 
-    def _generate(self, images: list[Image.Image]) -> list[list[str]]:
+    def _generate(self, questions: list[Question]) -> list[list[str]]:
         import torch
 
+        images, prompts = [list(column) for column in zip(*questions, strict=True)]
         torch.manual_seed(_seed(self._decoding.seed, images))
-        inputs = self._inputs(images).to(self._model.device, dtype=self._model.dtype)
+        inputs = self._inputs(images, prompts).to(self._model.device, dtype=self._model.dtype)
         with torch.inference_mode():
             output = self._model.generate(**inputs, **_options(self._decoding))
         if self._answers:
@@ -80,11 +91,11 @@ class VisionLanguageCaptioner:
         each = self._decoding.num_samples
         return [[text.strip() for text in words[at : at + each]] for at in range(0, len(words), each)]
 
-    def _inputs(self, images: list[Image.Image]) -> Any:
+    def _inputs(self, images: list[Image.Image], prompts: list[str]) -> Any:
         if self._has_chat:
             turns = [
-                [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": self._prompt}]}]
-                for image in images
+                [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
+                for image, prompt in zip(images, prompts, strict=True)
             ]
             return self._processor.apply_chat_template(
                 turns,
@@ -94,9 +105,9 @@ class VisionLanguageCaptioner:
                 return_tensors="pt",
                 processor_kwargs={"padding": True},
             )
-        if not self._prompt:
+        if not any(prompts):
             return self._processor(images=images, return_tensors="pt")
-        return self._processor(images=images, text=[self._prompt] * len(images), padding=True, return_tensors="pt")
+        return self._processor(images=images, text=prompts, padding=True, return_tensors="pt")
 
 
 def _load(folder: str, config: CaptionConfig, reference: ModelReference) -> tuple[Any, Any]:
@@ -127,9 +138,9 @@ def _load(folder: str, config: CaptionConfig, reference: ModelReference) -> tupl
     return processor, model.eval()
 
 
-def _pixels(tile: Tile) -> Image.Image | TileImageError:
+def _question(tile: Tile) -> Question | TileImageError:
     try:
-        return tile.rgb()
+        return Question(tile.rgb(), tile.prompt)
     except TileImageError as error:
         return error
 

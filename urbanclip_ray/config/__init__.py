@@ -7,9 +7,8 @@ with :func:`execution`; every other field says *what* is made and takes part in 
 
 from __future__ import annotations
 
+from urbanclip_ray.config.captions import CaptionConfig, DecodingConfig
 from urbanclip_ray.config.data import (
-    CaptionConfig,
-    DecodingConfig,
     IngestConfig,
     PackConfig,
     PixelsConfig,

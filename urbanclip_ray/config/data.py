@@ -1,8 +1,8 @@
-"""From tiles to training rows: ingest, captions, refinement, splits, packing."""
+"""From tiles to training rows: ingest, refinement, splits, packing."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -27,71 +27,6 @@ class PixelsConfig(Section):
     crop_top_px: int = Field(default=0, ge=0)
     crop_right_px: int = Field(default=0, ge=0)
     crop_bottom_px: int = Field(default=0, ge=0)
-
-
-class DecodingConfig(Section):
-    """How a captioning model picks its words."""
-
-    max_new_tokens: int = Field(default=128, ge=1)
-    num_beams: int = Field(default=1, ge=1)
-    temperature: float = Field(default=0.0, ge=0)  # 0: always the likeliest words, so top_p and seed mean nothing
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    num_samples: int = Field(default=1, ge=1)  # descriptions of one tile
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.num_samples > 1 and self.temperature == 0:
-            raise ValueError(
-                f"caption.decoding.num_samples={self.num_samples} with temperature 0 would repeat one description: "
-                "set caption.decoding.temperature above 0, or caption.decoding.num_samples=1"
-            )
-        return self
-
-
-class CaptionConfig(Section):
-    """Who describes the tiles.
-
-    `given`: the source itself, and `model`, where one is named, for tiles that the source describes with no word;
-    `land_cover`: the rule-based baseline; `transformers`: an image-text-to-text model of the transformers library. The keys
-    from `model` to `device_map` are of such a model.
-    """
-
-    captioner: Literal["given", "land_cover", "transformers"] = "land_cover"
-    max_error_share: float = Field(default=0.05, ge=0, le=1)
-    # A model id of the Hugging Face hub with a revision, or a directory (a path or a URI), whose revision is its content.
-    # What they stand for takes part in digests, not where it lies.
-    model: str = execution("")
-    revision: str = execution("")  # of a hub model: a commit, tag or branch
-    # Models without a chat template take it as it stands: BLIP continues it, and is often best with none.
-    prompt: str = "Describe the land use, buildings, roads, water and green areas of this satellite image in a few sentences."
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: what the weights were saved in
-    decoding: DecodingConfig = DecodingConfig()
-    device_map: str = execution("")  # empty: the whole model on the actor's one device; auto spreads it (needs accelerate)
-    gpus_per_actor: float = execution(0.0, ge=0)
-    max_retries: int = execution(3, ge=0)  # of a task whose process died, before the stage gives up
-    cache_folder: str = execution("~/.cache/urbanclip_ray")  # of every node, for directories that are URIs
-    tiles_per_batch: int = execution(64, ge=1)
-    num_actors: int = execution(2, ge=1)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.captioner == "transformers" and not self.model:
-            raise ValueError(
-                "caption.captioner=transformers needs caption.model: a directory of a model, or a model id of the "
-                "Hugging Face hub with caption.revision"
-            )
-        return self
-
-    @property
-    def uses_model(self) -> bool:
-        return self.captioner == "transformers" or (self.captioner == "given" and bool(self.model))
-
-    def content(self) -> dict[str, Any]:
-        content = super().content()
-        if self.uses_model:
-            return content
-        return {name: content[name] for name in ("captioner", "max_error_share")}
 
 
 class RefineConfig(Section):

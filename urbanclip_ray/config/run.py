@@ -7,7 +7,8 @@ from typing import Any, Self
 
 from pydantic import field_validator, model_validator
 
-from urbanclip_ray.config.data import CaptionConfig, IngestConfig, PackConfig, PixelsConfig, RefineConfig, SplitConfig
+from urbanclip_ray.config.captions import CaptionConfig
+from urbanclip_ray.config.data import IngestConfig, PackConfig, PixelsConfig, RefineConfig, SplitConfig
 from urbanclip_ray.config.evaluation import BaselinesConfig, EmbedConfig, ProbeConfig
 from urbanclip_ray.config.labels import LabelsConfig
 from urbanclip_ray.config.report import PromptsConfig, ReportConfig

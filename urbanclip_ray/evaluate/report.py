@@ -47,6 +47,8 @@ CAPTIONER_NAMES = {
     "land_cover": "the rule-based baseline",
     "given": "the source itself",
     "transformers": "a vision-language model",
+    "vllm": "a vision-language model run by vLLM",
+    "openai": "a model behind an endpoint",
 }
 PREDICTION_COLUMNS = ["tile_id", "indicator", "method", "split", "fold", "seed", "y", "y_pred"]
 SCORE_COLUMNS = (

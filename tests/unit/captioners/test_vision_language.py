@@ -23,7 +23,7 @@ def tile(side_px: int, seed: int = 0) -> Tile:
     stream = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (side_px, side_px, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(stream, "PNG")
-    return Tile(f"r/{side_px}_{seed}", stream.getvalue(), PixelsConfig())
+    return Tile(f"r/{side_px}_{seed}", stream.getvalue(), PixelsConfig(), "describe this")
 
 
 TILES = [tile(side_px, seed) for seed, side_px in enumerate(SIDES_PX)]
@@ -34,7 +34,7 @@ def captioner(vision_language_models, tmp_path_factory):
     cache = str(tmp_path_factory.mktemp("cache"))
 
     def build(kind: str, **keys) -> VisionLanguageCaptioner:
-        keys = {"prompt": "describe this", "decoding": {"max_new_tokens": 8}, "cache_folder": cache} | keys
+        keys = {"decoding": {"max_new_tokens": 8}, "cache_folder": cache} | keys
         config = CaptionConfig(captioner="transformers", model=str(vision_language_models[kind]), **keys)
         return VisionLanguageCaptioner(config, resolve_model(config))
 
@@ -59,11 +59,21 @@ def test_a_chat_model_s_answer_is_its_caption_without_the_question(captioner):
 
 
 def test_blip_goes_on_from_the_prompt_or_starts_by_itself(captioner):
-    started = captioner("blip", prompt="a road").describe(TILES)
+    model = captioner("blip")
+    started = model.describe([each._replace(prompt="a road") for each in TILES])
     assert all(text.startswith("a road ") for (text,) in started)
-    alone = captioner("blip", prompt="").describe(TILES)
+    alone = model.describe([each._replace(prompt="") for each in TILES])
     assert not all(text.startswith("a road") for (text,) in alone)
     assert all("[" not in text for (text,) in started + alone)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiles_of_one_batch_may_be_asked_different_things(captioner, kind):
+    model = captioner(kind, dtype="float32")
+    asked = [TILES[0], TILES[0]._replace(prompt="a road with many trees near the river"), TILES[1]]
+    texts = model.describe(asked)
+    assert texts == [model.describe([each])[0] for each in asked]
+    assert texts[0] != texts[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,7 +107,7 @@ def test_a_tile_that_cannot_be_decoded_is_an_error_among_texts(captioner, kind):
 def test_a_tile_that_the_model_fails_on_is_one_error_and_the_rest_of_its_batch_is_described(captioner):
     strip = io.BytesIO()
     Image.new("RGB", (1, 400)).save(strip, "PNG")  # Qwen2-VL refuses sides of more than 200 to 1
-    bad = Tile("r/strip", strip.getvalue(), PixelsConfig())
+    bad = Tile("r/strip", strip.getvalue(), PixelsConfig(), "describe this")
     model = captioner("qwen2_vl")
     *before, error, last = model.describe([*TILES[:3], bad, TILES[3]])
     assert isinstance(error, GenerationError)
@@ -114,7 +124,7 @@ def test_what_decides_the_text_is_in_the_origin_and_nothing_else(vision_language
     def origin(**keys):
         keys = {"model": str(vision_language_models["blip"]), "cache_folder": str(tmp_path)} | keys
         config = CaptionConfig(captioner="transformers", **keys)
-        return origin_of(config, resolve_model(config))
+        return origin_of(config, resolve_model(config), config.prompt)
 
     base = origin()
     assert base.model == "blip"

@@ -1,0 +1,55 @@
+"""What each tile is asked: the config's prompt as it stands, or its templates filled with the tile's metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from urbanclip_ray.captioners.texts import clean_text
+from urbanclip_ray.config import CaptionConfig, PixelsConfig
+from urbanclip_ray.config.prompts import PromptFieldError, fill_template
+from urbanclip_ray.geo.earth import metres_per_degree
+
+METADATA_COLUMNS = ["region", "width", "west", "south", "east", "north"]
+MAX_NAME_CHARACTERS = 100  # of a region: a prompt is no place for an essay
+
+
+def prompts_of(tile: Mapping[str, Any], config: CaptionConfig, pixels: PixelsConfig) -> list[str | PromptFieldError]:
+    """The prompts for one tile (`METADATA_COLUMNS`) in the config's order; an error stands for one that cannot be filled."""
+    if not config.prompts:
+        return [config.prompt]  # as it stands: braces in it are braces
+    known = describe_metadata(tile, pixels)
+    return [_filled(template, known) for template in config.asked()]
+
+
+def _filled(template: str, known: Mapping[str, str]) -> str | PromptFieldError:
+    try:
+        return fill_template(template, known)
+    except PromptFieldError as error:
+        return error
+
+
+def describe_metadata(tile: Mapping[str, Any], pixels: PixelsConfig) -> dict[str, str]:
+    """What is known of a tile, by the names of the prompts' fields. Margins that are cut off are not part of its width."""
+    known: dict[str, str] = {}
+    if city := " ".join(clean_text(tile["region"][: 2 * MAX_NAME_CHARACTERS]).split())[:MAX_NAME_CHARACTERS]:
+        known["city"] = city
+    bounds = [tile[edge] for edge in ("west", "south", "east", "north")]
+    if None in bounds or not tile["width"]:
+        return known
+    west, south, east, north = bounds
+    metres, _ = metres_per_degree(np.array((south + north) / 2))
+    ground_resolution_m = float(metres) * (east - west) / tile["width"]
+    width_px = tile["width"] - pixels.crop_left_px - pixels.crop_right_px
+    if ground_resolution_m > 0 and width_px > 0:
+        known["ground_resolution_m"] = two_digits(ground_resolution_m)
+        known["width_m"] = two_digits(ground_resolution_m * width_px)
+    return known
+
+
+def two_digits(value: float) -> str:
+    """A number as one says it: tiles of one zoom and city get one prompt, though their widths differ by centimetres."""
+    rounded = float(f"{value:.2g}")
+    return f"{rounded:.0f}" if rounded >= 10 else f"{rounded:g}"
