@@ -44,7 +44,6 @@ def check_template(name: str, template: str) -> None:
     """Raise ValueError where a template has unknown fields, or braces and brackets that do not close."""
     try:
         fields = fields_of(template)
-        _fill(OPTIONAL.sub(lambda match: match[1] or "", template), dict.fromkeys(FIELDS, "1"))
     except ValueError as error:
         raise ValueError(f"the template {name!r}: {error}; write {{{{ and }}}} for braces") from None
     if not template.strip():

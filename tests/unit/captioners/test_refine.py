@@ -7,27 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from urbanclip_ray.captioners.refine import refine_captions, refine_sentences, split_sentences
+from urbanclip_ray.captioners.refine import refine_captions, refine_sentences
 from urbanclip_ray.config import RefineConfig
 from urbanclip_ray.schema import CAPTIONS, PAIRS
 from urbanclip_ray.storage import open_dataset, publish
 
 DEFAULT = RefineConfig()
-
-
-@pytest.mark.parametrize(
-    ("text", "sentences"),
-    [
-        ("A road. Two houses! Is it a lake?", ["A road.", "Two houses!", "Is it a lake?"]),
-        ("About 3.5 km of road. 4 lanes.", ["About 3.5 km of road.", "4 lanes."]),
-        ("many  blanks\tand\nlines ", ["many blanks and lines"]),
-        ("e.g. a lake . and trees", ["e.g. a lake . and trees"]),  # no capital follows
-        ("", [""]),
-        (" \n ", [""]),
-    ],
-)
-def test_a_description_is_split_into_sentences(text, sentences):
-    assert split_sentences(text) == sentences
 
 
 @pytest.mark.parametrize(
