@@ -28,7 +28,7 @@ LIGHT = [
         ".search_space",
     ),
     *(".geo.baidu", ".geo.zonal", ".sources.label_files"),
-    *(".captioners.model_files", ".captioners.store", ".captioners.vision_language"),
+    *(".captioners.model_files", ".captioners.store", ".captioners.vision_language", ".captioners.back_ends"),
 ]
 HEAVY = ("torch", "ray", "deepspeed", "open_clip", "transformers")
 USES_RAY = {
@@ -41,6 +41,7 @@ USES_RAY = {
     "urbanclip_ray.captioners.caption",
     "urbanclip_ray.captioners.refine",
     "urbanclip_ray.captioners.sample",
+    "urbanclip_ray.captioners.vllm_engine",
     "urbanclip_ray.train.pack",
     "urbanclip_ray.train.launch",
     "urbanclip_ray.train.policies",

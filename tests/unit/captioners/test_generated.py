@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 NUM_TILES = 12
 BROKEN = 3  # this one cannot be read
+UNKNOWN = dict.fromkeys(("width", "west", "south", "east", "north"))
 DOUBLE = 7  # this one has the bytes of the one before it
 
 
@@ -162,3 +163,32 @@ def test_a_model_that_cannot_be_loaded_stops_the_stage_whatever_share_of_errors_
 def test_the_plan_of_a_captioner_without_a_store(tiles):
     plan = plan_captions(CaptionWork(tiles, CaptionConfig(num_actors=1), PixelsConfig()), 4)
     assert (plan.num_captions, plan.num_stored, plan.num_timed) == (10, 0, 3)
+
+
+def test_every_prompt_gives_a_caption_in_order_and_keeps_its_store_when_others_come(tiles, vision_language_models, tmp_path):
+    own = {"river": "a wide river", "trees": "forest", "where": "near {city}"}
+    model = str(vision_language_models["blip"])
+    one = make_work(tiles, model, tmp_path, prompts=("river",), templates=own)
+    two = make_work(tiles, model, tmp_path, prompts=("trees", "river"), templates=own)
+    first = caption(one, tmp_path / "one")
+    dataset = caption(two, tmp_path / "two")
+    assert dataset.manifest.facts["captions"]["from_store"] == NUM_TILES - 1
+    rows = dataset.read().to_pylist()
+    by_tile: dict[str, list[dict]] = {}
+    for row in rows:
+        by_tile.setdefault(row["tile_id"], []).append(row)
+    assert [row["error"] for row in by_tile.pop(f"<b>/{BROKEN:02}")] == ["unreadable tile: zero bytes"]
+    assert {tuple(row["prompt"] for row in each) for each in by_tile.values()} == {("forest", "a wide river")}
+    assert all(
+        each[0]["text"].startswith("forest ") and each[1]["text"].startswith("a wide river") for each in by_tile.values()
+    )
+    old = {row["tile_id"]: row for row in first.read().to_pylist()}
+    assert all(each[1] == old[tile_id] for tile_id, each in by_tile.items())
+
+    # A plain prompt that says the same has the same keys; a template's city is part of what is asked.
+    plain = make_work(tiles, model, tmp_path, prompt="a wide river")
+    assert plain.stored_keys() == one.stored_keys() == {row["caption_key"] for row in old.values() if row["error"] is None}
+    assert make_work(tiles, model, tmp_path, prompts=("where",), templates=own).prompts_of({"region": "r"} | UNKNOWN) == [
+        "near r"
+    ]
+    assert plan_captions(two).num_missing == 0
