@@ -1,4 +1,4 @@
-"""`jobs/caption.py` with a model behind a real OpenAI-compatible server: `transformers serve`, a small Qwen2-VL, two prompts."""
+"""`jobs/caption.py` with a model behind a real OpenAI-compatible server: `transformers serve` and a small Qwen2-VL."""
 
 from __future__ import annotations
 
