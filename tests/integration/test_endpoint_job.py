@@ -24,7 +24,8 @@ START_TIMEOUT_S = 300
 @pytest.fixture(scope="module")
 def served(vision_language_models, tmp_path_factory) -> Iterator[tuple[str, str]]:
     """The server's URL, and its name for the model, which is the directory."""
-    pytest.importorskip("fastapi", reason="`transformers serve` needs fastapi and uvicorn: install the extra `test`")
+    for name in ("fastapi", "accelerate"):
+        pytest.importorskip(name, reason="`transformers serve` needs it: install the extra `test`")
     model = str(vision_language_models["qwen2_vl"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
