@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from urbanclip_ray.captioners.model_files import is_directory
-from urbanclip_ray.config import NO_WEIGHTS, ConfigError, RunConfig, UrbanClipSource, WorldSource
+from urbanclip_ray.config import NO_WEIGHTS, ConfigError, PairsSource, RunConfig, UrbanClipSource, WorldSource
 from urbanclip_ray.storage import Dataset, absolute, exists, find_dataset, join, read_bytes
 
 
@@ -16,6 +16,7 @@ def list_places(config: RunConfig) -> dict[str, str]:
         "storage": config.storage,
         "source.uri": getattr(config.source, "uri", ""),
         "source.release": getattr(config.source, "release", ""),
+        "source.pixels": getattr(config.source, "pixels", ""),
         "labels.csv": config.labels.csv,
         **{f"labels.rasters.{name}": raster.uri for name, raster in config.labels.rasters.items()},
         "caption.model": config.caption.model if is_directory(config.caption.model) else "",
@@ -35,6 +36,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         source = source.model_copy(update={"uri": absolute(source.uri)})
     if isinstance(source, UrbanClipSource):
         source = source.model_copy(update={"release": absolute(source.release)})
+    if isinstance(source, PairsSource):
+        source = source.model_copy(update={"pixels": absolute(source.pixels)})
     if model.pretrained_is_file:
         model = model.model_copy(update={"pretrained": absolute(model.pretrained)})
     weights = config.embed.weights

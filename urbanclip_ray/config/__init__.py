@@ -34,12 +34,15 @@ from urbanclip_ray.config.section import ConfigError, Section
 from urbanclip_ray.config.sources import (
     SOURCE_KINDS,
     FolderSource,
+    HuggingFaceSource,
     MetadataColumns,
+    PairsSource,
     RsicdSource,
     SceneSource,
     SlippySource,
     SourceConfig,
     UrbanClipSource,
+    WebDatasetSource,
     WorldSource,
 )
 from urbanclip_ray.config.stores import StoreConfig
@@ -58,11 +61,13 @@ __all__ = [
     "EmbedConfig",
     "Features",
     "FolderSource",
+    "HuggingFaceSource",
     "IngestConfig",
     "LabelsConfig",
     "MetadataColumns",
     "ModelConfig",
     "PackConfig",
+    "PairsSource",
     "PixelsConfig",
     "ProbeConfig",
     "PromptsConfig",
@@ -84,5 +89,6 @@ __all__ = [
     "TrainConfig",
     "TuneConfig",
     "UrbanClipSource",
+    "WebDatasetSource",
     "WorldSource",
 ]
