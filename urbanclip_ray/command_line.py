@@ -96,6 +96,37 @@ def run_search(description: str | None) -> None:
         search_run(find_parents(config, "prompts"), arguments.text, arguments.top)
 
 
+def run_export(description: str | None) -> None:
+    """Write a run's pairs as a folder to share."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog=_epilog(["source"]), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    _add_config_options(parser)
+    parser.add_argument("--format", required=True, choices=("webdataset", "huggingface"), help="tar shards, or Parquet files")
+    parser.add_argument("--licence", required=True, metavar="SPDX_ID", help="such as CC-BY-4.0; LicenseRef-NAME for others")
+    parser.add_argument("--output", required=True, metavar="URI", help="a new folder: a local path or s3://bucket/prefix")
+    parser.add_argument("--no-pixels", action="store_true", help="texts and sha256 only, for imagery that may not be shared")
+    parser.add_argument("--attribution", default="", metavar="TEXT", help="whom the licence asks to name; goes into the card")
+    parser.add_argument("--rows-per-shard", type=_positive, default=4096, metavar="N", help="tiles a file (default: 4096)")
+    arguments = parser.parse_args()
+    with errors_in_one_line():
+        config = _config(arguments)
+        from urbanclip_ray.pipeline import find_datasets
+        from urbanclip_ray.preflight import refuse_place_of_one_host
+        from urbanclip_ray.release.export import ExportOptions, export_pairs
+        from urbanclip_ray.storage import absolute
+
+        output = absolute(arguments.output)
+        run = find_datasets(config, ["pairs"], if_made=["splits"])
+        refuse_place_of_one_host("output", arguments.output, config)
+        options = ExportOptions(
+            arguments.format, arguments.licence, output, not arguments.no_pixels, arguments.attribution, arguments.rows_per_shard
+        )
+        manifest = export_pairs(run, options)
+        size = sum(file.num_bytes for file in manifest.files)
+        print(f"{manifest.rows_out:,} of {manifest.rows_in:,} tiles in {len(manifest.files) - 1} shards, {size:,} bytes: {output}")
+
+
 def run_verification(description: str | None) -> None:
     """Run the recipe `verify_gpu`, or `verify_cpu` with --cpu, write its record, and fail where a check of it fails."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

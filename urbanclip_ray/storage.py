@@ -117,6 +117,26 @@ def write_bytes(uri: str, data: bytes | memoryview) -> None:
 
 
 @contextmanager
+def open_output(uri: str) -> Iterator[Any]:
+    """A file to be written piece by piece; no reader sees it before it is closed."""
+    filesystem, path = resolve(uri)
+    with _explained(uri):
+        if not isinstance(filesystem, pafs.LocalFileSystem):
+            with filesystem.open_output_stream(path) as stream:
+                yield stream
+            return
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        temporary = f"{path}.{secrets.token_hex(4)}.tmp"
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+            os.replace(temporary, path)
+        finally:
+            if os.path.exists(temporary):
+                os.remove(temporary)
+
+
+@contextmanager
 def _explained(uri: str) -> Iterator[None]:
     """Errors inside are raised as :func:`explain_os_error` has them; what is missing stays FileNotFoundError."""
     try:
