@@ -64,7 +64,7 @@ class HuggingFaceTiles(PairFiles):
             images = _read_group(uri, group, self._config.image_column)
         data: bytes | None = images[row].as_py()
         if data is None:
-            raise TileImageError("zero bytes")
+            raise TileImageError("no bytes", f"{path} only names an image that lies elsewhere: embed images in the dataset")
         if len(data) > MAX_IMAGE_BYTES:
             raise TileImageError("too large", f"{len(data)} bytes are more than {MAX_IMAGE_BYTES}")
         return data

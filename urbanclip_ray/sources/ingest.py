@@ -51,7 +51,7 @@ def ingest_tiles(source: Source, config: IngestConfig, publication: Publication)
 
     Raises :class:`IngestError` when the share of unusable tiles is above `config.max_error_share`.
     """
-    records = _as_table(source.tiles())
+    records = as_table(source.tiles())
     rows_per_file = config.tiles_per_batch * BATCHES_PER_FILE
     blocks = [records.slice(start, rows_per_file) for start in range(0, records.num_rows, rows_per_file)]
     dataflow.connect()
@@ -74,7 +74,7 @@ def ingest_tiles(source: Source, config: IngestConfig, publication: Publication)
         publication.facts["ignored"] = ignored
 
 
-def _as_table(records: Sequence[TileRecord]) -> pa.Table:
+def as_table(records: Sequence[TileRecord]) -> pa.Table:
     """`RECORDS`, column by column: a dict for every tile would be most of the driver's memory."""
     columns = [pa.array([record[at] for record in records], field.type) for at, field in enumerate(RECORDS)]
     return pa.table(columns, schema=RECORDS)
