@@ -30,7 +30,7 @@ def encoded(seed: int) -> bytes:
 
 
 def texts_of(seed: int) -> list[str]:
-    return [] if seed == SILENT else [f"Tile {seed} has many trees, \"parks\" and water.", "Roads cross it."][: 1 + seed % 2]
+    return [] if seed == SILENT else [f'Tile {seed} has many trees, "parks" and water.', "Roads cross it."][: 1 + seed % 2]
 
 
 def part_of(seed: int) -> str | None:
@@ -64,7 +64,13 @@ def make_released_run(folder: Path, splits: bool = True) -> Run:
     rows = tile_rows()
     readable = [seed for seed in range(NUM_TILES) if seed != BROKEN]
     captions = [
-        {"tile_id": rows[seed]["tile_id"], "caption_key": str(seed), "text": " ".join(texts_of(seed)), "model": "m", "prompt": ""}
+        {
+            "tile_id": rows[seed]["tile_id"],
+            "caption_key": str(seed),
+            "text": " ".join(texts_of(seed)),
+            "model": "m",
+            "prompt": "",
+        }
         for seed in readable
     ]
     pairs = [
@@ -94,7 +100,9 @@ def make_released_run(folder: Path, splits: bool = True) -> Run:
 
 def _publish(folder: Path, stage: str, table: pa.Table, rows_per_file: int) -> Dataset:
     uri = str(folder / stage)
-    config = {"caption": {"captioner": "transformers", "prompt": "Say `what` is there.\n~~~\nNow."}} if stage == "captions" else {}
+    config = (
+        {"caption": {"captioner": "transformers", "prompt": "Say `what` is there.\n~~~\nNow."}} if stage == "captions" else {}
+    )
     with publish(uri, stage, config, {}) as publication:
         for number, first in enumerate(range(0, table.num_rows, rows_per_file)):
             publication.write_table(table.slice(first, rows_per_file), f"part-{number:05d}.parquet")

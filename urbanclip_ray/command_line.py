@@ -120,11 +120,18 @@ def run_export(description: str | None) -> None:
         run = find_datasets(config, ["pairs"], if_made=["splits"])
         refuse_place_of_one_host("output", arguments.output, config)
         options = ExportOptions(
-            arguments.format, arguments.licence, output, not arguments.no_pixels, arguments.attribution, arguments.rows_per_shard
+            arguments.format,
+            arguments.licence,
+            output,
+            not arguments.no_pixels,
+            arguments.attribution,
+            arguments.rows_per_shard,
         )
         manifest = export_pairs(run, options)
         size = sum(file.num_bytes for file in manifest.files)
-        print(f"{manifest.rows_out:,} of {manifest.rows_in:,} tiles in {len(manifest.files) - 1} shards, {size:,} bytes: {output}")
+        print(
+            f"{manifest.rows_out:,} of {manifest.rows_in:,} tiles in {len(manifest.files) - 1} shards, {size:,} bytes: {output}"
+        )
 
 
 def run_verification(description: str | None) -> None:

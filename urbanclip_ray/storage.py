@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -297,11 +298,19 @@ class Publication:
         write_bytes(join(self.data_uri, name), data)
 
     def read(self, columns: list[str]) -> pa.Table:
-        """Columns of the Parquet files written so far, for counting."""
+        """Columns of the Parquet files written so far, for counting: short ones, for all rows come into memory."""
         filesystem, _ = resolve(self.uri)
-        paths = [str(info.path) for info in list_files(self.data_uri) if str(info.path).endswith(".parquet")]
         with _explained(self.uri):
-            return pq.read_table(paths, columns=columns, filesystem=filesystem)
+            return pq.read_table(self._parquet_paths(), columns=columns, filesystem=filesystem)
+
+    def read_batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """The same in pieces, some of which are read ahead."""
+        filesystem, _ = resolve(self.uri)
+        with _explained(self.uri):
+            yield from ds.dataset(self._parquet_paths(), format="parquet", filesystem=filesystem).to_batches(columns=columns)
+
+    def _parquet_paths(self) -> list[str]:
+        return [str(info.path) for info in list_files(self.data_uri) if str(info.path).endswith(".parquet")]
 
     def entries(self) -> tuple[FileEntry, ...]:
         """Every file of this attempt with its size and checksum, read back from storage."""

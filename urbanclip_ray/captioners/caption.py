@@ -74,7 +74,8 @@ def caption_tiles(work: CaptionWork, publication: Publication) -> None:
     known = store.keys() if store is not None else set()
     dataflow.connect()
     try:
-        dataflow.write(describe_rows(dataflow.read(work.tiles, TILE_COLUMNS), work), publication)
+        rows = dataflow.read(work.tiles, TILE_COLUMNS, for_actors=True)
+        dataflow.write(describe_rows(rows, work), publication, from_actors=True)
     except ray.exceptions.RayActorError as error:
         raise CaptionError(
             f"a captioner's process died more than caption.max_retries={work.config.max_retries} times on the same tiles: "
@@ -104,7 +105,7 @@ def describe_rows(rows: ray.data.Dataset, work: CaptionWork, actor: type[Caption
             batch_size=config.tiles_per_batch,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.num_actors),
-            num_gpus=config.gpus_per_actor or None,
+            **dataflow.actor_options(config.gpus_per_actor),
             max_task_retries=config.max_retries,
         )
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray.data
 
 from urbanclip_ray import dataflow
@@ -84,11 +85,16 @@ def _refine_table(captions: pa.Table, config: RefineConfig) -> pa.Table:
 
 
 def _count(publication: Publication) -> None:
-    written = publication.read(["tile_id", "texts", "rejected"])
-    if len(set(written["tile_id"].to_pylist())) != written.num_rows:
+    tile_ids = publication.read(["tile_id"])["tile_id"]
+    if pc.count_distinct(tile_ids).as_py() != len(tile_ids):
         raise AssertionError(f"{publication.uri}: captions of one tile were spread over several files")
-    num_kept = sum(len(texts) for texts in written["texts"].to_pylist())
-    reasons = Counter(item["reason"] for row in written["rejected"].to_pylist() for item in row)
+    num_kept = num_silent = 0
+    reasons: Counter[str] = Counter()
+    for batch in publication.read_batches(["texts", "rejected"]):  # sentences are too many to be held at once
+        lengths = pc.list_value_length(batch["texts"])
+        num_kept += pc.sum(lengths).as_py() or 0
+        num_silent += pc.sum(pc.equal(lengths, 0)).as_py() or 0
+        reasons.update(pc.struct_field(pc.list_flatten(batch["rejected"]), "reason").to_pylist())
     publication.count(unit="sentences", rows_in=num_kept + sum(reasons.values()), rows_out=num_kept, rejects=dict(reasons))
-    publication.facts["tiles"] = written.num_rows
-    publication.facts["tiles_without_text"] = sum(1 for texts in written["texts"].to_pylist() if not texts)
+    publication.facts["tiles"] = len(tile_ids)
+    publication.facts["tiles_without_text"] = num_silent

@@ -65,7 +65,11 @@ def export_pairs(run: Run, options: ExportOptions) -> Manifest:
     if missing := {"tiles", "captions", "pairs"} - run.datasets.keys():
         raise ConfigError(f"this recipe makes no {', '.join(sorted(missing))}: choose one that describes its tiles")
     datasets = {name: run.datasets[name] for name in ("tiles", "captions", "pairs", "splits") if name in run.datasets}
-    made_of = options._asdict() | {"source": run.config.source.content(), "outer": run.config.split.outer, "name": run.config.run}
+    made_of = options._asdict() | {
+        "source": run.config.source.content(),
+        "outer": run.config.split.outer,
+        "name": run.config.run,
+    }
     del made_of["output"]
     parents = {name: dataset.sha256 for name, dataset in datasets.items()}
     if (found := _find_same(options.output, made_of, parents)) is not None:
@@ -73,9 +77,7 @@ def export_pairs(run: Run, options: ExportOptions) -> Manifest:
     parts = outer_parts(datasets["splits"], run.config.split.outer) if "splits" in datasets else None
     plan = plan_export(datasets["tiles"], datasets["pairs"], parts, options.kind, options.rows_per_shard)
     _refuse_other_files(options.output, {CARD, *(shard.name for shard in plan.shards)})
-    settings = ShardSettings(
-        options.kind, options.pixels, options.output, datasets["tiles"].uri, datasets["pairs"].uri
-    )
+    settings = ShardSettings(options.kind, options.pixels, options.output, datasets["tiles"].uri, datasets["pairs"].uri)
     entries = _write_shards(plan.shards, settings)
     release = Release(
         run.config.run,
@@ -138,9 +140,7 @@ def _entry(name: str, data: bytes) -> FileEntry:
     return FileEntry(path=name, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-def _manifest(
-    made_of: dict[str, object], parents: dict[str, str], plan: ExportPlan, files: Sequence[FileEntry]
-) -> Manifest:
+def _manifest(made_of: dict[str, object], parents: dict[str, str], plan: ExportPlan, files: Sequence[FileEntry]) -> Manifest:
     rejects = {"no accepted sentence": plan.num_without_text, "unreadable tile": plan.num_unreadable}
     return Manifest(
         stage=STAGE,

@@ -27,7 +27,11 @@ from urbanclip_ray.sources.sample_names import COORDINATES, SPLIT_NAMES
 MAX_IMAGE_BYTES = 64 << 20  # of one encoded tile; a larger one is a row with that error, and is never read
 OWN_COPY = "pixels:"  # begins the location of a tile whose image lies in `source.pixels`
 PARTS = ("train", "val", "test")
-PART_OF_SPLIT = {name: part for part, name in SPLIT_NAMES.items() if part in PARTS} | {"val": "val", "valid": "val", "dev": "val"}
+PART_OF_SPLIT = {name: part for part, name in SPLIT_NAMES.items() if part in PARTS} | {
+    "val": "val",
+    "valid": "val",
+    "dev": "val",
+}
 KNOWN_SCHEMES = ("web_mercator", "baidu", "geotiff", "plate_carree", "none")
 
 logger = logging.getLogger(__name__)

@@ -102,7 +102,12 @@ def test_what_went_out_comes_in_again(exported, config):
     assert {tile.tile_id: source.read(tile.location) for tile in tiles} == {name: row["image"] for name, row in rows.items()}
     for tile in tiles:
         row = rows[tile.tile_id]
-        assert [tile.region, tile.lon, tile.south, tile.scheme] == [row["region"], row.get("lon"), row.get("south"), row["scheme"]]
+        assert [tile.region, tile.lon, tile.south, tile.scheme] == [
+            row["region"],
+            row.get("lon"),
+            row.get("south"),
+            row["scheme"],
+        ]
     texts: dict[str, list[str]] = {}
     for caption in source.captions().to_pylist():
         texts.setdefault(caption["tile_id"], []).append(caption["text"])
@@ -149,7 +154,7 @@ def test_a_stopped_export_goes_on_but_a_folder_with_other_files_is_refused(expor
     assert not list(half.rglob("*.tmp"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
-    with pytest.raises(StorageError, match="holds notes.txt, which is no file of this export"):
+    with pytest.raises(StorageError, match=r"holds notes.txt, which is no file of this export"):
         export_pairs(run, options("webdataset", tmp_path / "mine"))
 
 
@@ -166,12 +171,12 @@ def test_without_pixels_no_image_leaves_and_ones_own_copy_is_joined(run, tmp_pat
         export_pairs(run, options(kind, folder, pixels=False))
         for path in folder.rglob("*"):
             assert path.is_dir() or not any(encoded(seed)[20:60] in path.read_bytes() for seed in EXPORTED)
-        with pytest.raises(ValueError, match="has texts without pixels: set source.pixels to a folder with your own copy"):
+        with pytest.raises(ValueError, match=r"has texts without pixels: set source.pixels to a folder with your own copy"):
             open_source(config(uri=str(folder))).tiles()
         source = open_source(config(uri=str(folder), pixels=str(own)))
         locations = {tile.tile_id: tile.location for tile in source.tiles()}
         assert locations.keys() == expected().keys()
-        with pytest.raises(ValueError, match="other pixels: .* its sha256 differs"):
+        with pytest.raises(ValueError, match=r"other pixels: .* its sha256 differs"):
             source.read(locations.pop(other))
         assert {name: source.read(place) for name, place in locations.items()} == {
             name: row["image"] for name, row in expected().items() if name != other
@@ -209,7 +214,7 @@ def test_members_have_neither_time_nor_owner(exported):
 
 @pytest.mark.parametrize("licence", ["", "all mine", "cc by", "x\ny"])
 def test_a_licence_that_is_no_id_is_refused(run, tmp_path, licence):
-    with pytest.raises(ConfigError, match="is no SPDX id: give one such as CC-BY-4.0"):
+    with pytest.raises(ConfigError, match=r"is no SPDX id: give one such as CC-BY-4.0"):
         export_pairs(run, ExportOptions("webdataset", licence, str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
 

@@ -31,7 +31,10 @@ def source_of(folder, **fields):
 
 def test_rows_without_ids_are_named_by_file_and_number_and_parts_by_the_file(tmp_path):
     images = [image(number) for number in range(NUM_ROWS)]
-    write(tmp_path / "set/data/train-00000-of-00001.parquet", {"image": images, "caption": [f"Park {n}." for n in range(NUM_ROWS)]})
+    write(
+        tmp_path / "set/data/train-00000-of-00001.parquet",
+        {"image": images, "caption": [f"Park {n}." for n in range(NUM_ROWS)]},
+    )
     write(tmp_path / "set/data/validation-00000-of-00001.parquet", {"image": images[:1], "caption": ["A road."]})
     source = source_of(tmp_path / "set")
     tiles = source.tiles()
@@ -43,7 +46,9 @@ def test_rows_without_ids_are_named_by_file_and_number_and_parts_by_the_file(tmp
 
 
 def test_other_columns_are_named_in_the_config(tmp_path):
-    write(tmp_path / "a.parquet", {"png": [b"\x89PNG"], "sentences": [["One.", "Two.", " "]], "id": ["rome/1"], "city": ["rome"]})
+    write(
+        tmp_path / "a.parquet", {"png": [b"\x89PNG"], "sentences": [["One.", "Two.", " "]], "id": ["rome/1"], "city": ["rome"]}
+    )
     source = source_of(tmp_path, image_column="png", text_column="sentences", tile_id_column="id", region_column="city")
     (tile,) = source.tiles()
     assert (tile.tile_id, tile.region, source.read(tile.location)) == ("rome/1", "rome", b"\x89PNG")

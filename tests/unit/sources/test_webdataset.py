@@ -219,7 +219,9 @@ def test_ones_own_copy_that_has_none_of_the_tiles_is_refused(tmp_path):
     write_shard(tmp_path / "texts/a.tar", [("paris%2F1.txt", b"A park.")])
     (tmp_path / "own/rome").mkdir(parents=True)
     (tmp_path / "own/rome/1.jpg").write_bytes(JPEG)
-    with pytest.raises(SourceError, match="has none of the 1 tiles .* its tiles are 'rome/1' and the like, those are 'paris/1'"):
+    with pytest.raises(
+        SourceError, match=r"has none of the 1 tiles .* its tiles are 'rome/1' and the like, those are 'paris/1'"
+    ):
         source_of(tmp_path / "texts", pixels=str(tmp_path / "own")).tiles()
 
 
