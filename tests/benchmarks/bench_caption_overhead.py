@@ -94,7 +94,7 @@ def measure() -> list[Figure]:
     ray.shutdown()
     ours, batches = found["many"] - found["few"], MANY - FEW
     note = (
-        f"{batches} batches of {TILES_PER_BATCH} tiles more, BLIP with random weights, {found['loop'] / batches:.2f} s a batch, "
+        f"{batches} batches of {TILES_PER_BATCH} tiles more, BLIP with random weights, {found['loop'] / batches:.2f} s each, "
         f"one actor; a job of {FEW} batches takes {found['few']:.0f} s with its start"
     )
     return [Figure("caption_overhead", ours, found["loop"], ours / found["loop"], "s", LIMIT, note)]

@@ -1,7 +1,7 @@
 """200,000 tiles through ingest, captions and refinement: peak memory over that of 20,000, and the rate.
 
-The tiles are pieces of NASA's Blue Marble under new names: hard links in a folder, so that listing, reading and tables are those
-of so many files. Each size runs in a process of its own with a Ray of its own; memory is that of the whole family of
+The tiles are pieces of NASA's Blue Marble under new names: hard links in a folder, so that listing, reading and tables are
+those of so many files. Each size runs in a process of its own with a Ray of its own; memory is that of the whole family of
 processes, shared pages counted once (PSS), looked at every half second.
 """
 

@@ -27,6 +27,7 @@ LIGHT = [
         ".plan",
         ".search_space",
     ),
+    *(".release.plan", ".release.shards", ".release.card"),
     *(".geo.baidu", ".geo.zonal", ".sources.label_files"),
     *(".captioners.model_files", ".captioners.store", ".captioners.vision_language"),
 ]
@@ -41,6 +42,7 @@ USES_RAY = {
     "urbanclip_ray.captioners.caption",
     "urbanclip_ray.captioners.refine",
     "urbanclip_ray.captioners.sample",
+    "urbanclip_ray.release.export",
     "urbanclip_ray.train.pack",
     "urbanclip_ray.train.launch",
     "urbanclip_ray.train.policies",
@@ -53,7 +55,7 @@ USES_RAY = {
 }
 USES_DEEPSPEED = {"urbanclip_ray.train.engine", "urbanclip_ray.train.fragments"}
 ENTRIES = {  # of the command line, for jobs
-    *("run_job", "run_verification", "run_leak_table", "run_experiment_job", "run_report", "run_search"),
+    *("run_job", "run_verification", "run_leak_table", "run_experiment_job", "run_report", "run_search", "run_export"),
 }
 CONNECT_ONLY = {"urbanclip_ray.preflight", "urbanclip_ray.command_line", "urbanclip_ray.evaluate.probe"}
 

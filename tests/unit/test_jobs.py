@@ -17,7 +17,7 @@ from urbanclip_ray.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
-NOT_STAGES = ("verify_gpu", "leak", "report", "search", "experiment")
+NOT_STAGES = ("verify_gpu", "leak", "report", "search", "experiment", "export")
 STAGE_JOBS = [job for job in JOBS if job.stem not in NOT_STAGES]
 HELP_LIMIT_S = 1.5
 MAX_LINES = 60
@@ -94,6 +94,11 @@ def test_a_mistake_on_the_command_line_is_one_line_and_no_traceback(arguments, m
             ["--runs", "no_run", "no_other"],
             "error: {storage}/no_run has no run.json: give a run's name in --storage",
         ),
+        (
+            "export.py",
+            ["--recipe", "tiny_test", "--format", "webdataset", "--licence", "CC0-1.0", "--output", "{storage}/out"],
+            "error: the folder source has no folder: set --set source.uri=FOLDER",
+        ),
         ("search.py", ["boats", "--recipe", "tiny_test", "--set", "source.uri={storage}"], "error: {storage}"),
     ],
 )
@@ -102,6 +107,12 @@ def test_a_report_or_a_search_without_its_run_says_what_is_missing(job, argument
     assert result.returncode != 0
     assert result.stderr.splitlines()[-1].startswith(message.format(storage=tmp_path))
     assert "Traceback" not in result.stderr
+
+
+def test_an_export_without_a_licence_is_refused():
+    result = start("export.py", "--recipe", "tiny_test", "--format", "huggingface", "--output", "out")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].endswith("the following arguments are required: --licence")
 
 
 def test_show_config_prints_json():

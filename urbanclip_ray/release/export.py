@@ -23,6 +23,7 @@ from urbanclip_ray.release.shards import ShardSettings, write_shard
 from urbanclip_ray.stages import Run
 from urbanclip_ray.storage import (
     MANIFEST,
+    Dataset,
     FileEntry,
     Manifest,
     StorageError,
@@ -64,7 +65,9 @@ def export_pairs(run: Run, options: ExportOptions) -> Manifest:
     check_licence(options.licence)
     if missing := {"tiles", "captions", "pairs"} - run.datasets.keys():
         raise ConfigError(f"this recipe makes no {', '.join(sorted(missing))}: choose one that describes its tiles")
-    datasets = {name: run.datasets[name] for name in ("tiles", "captions", "pairs", "splits") if name in run.datasets}
+    datasets: dict[str, Dataset] = {
+        name: run.datasets[name] for name in ("tiles", "captions", "pairs", "splits") if name in run.datasets
+    }
     made_of = options._asdict() | {
         "source": run.config.source.content(),
         "outer": run.config.split.outer,

@@ -109,7 +109,7 @@ def _write_tar(file: HashedFile, tables: Iterator[pa.Table], part: str | None) -
                 _add(archive, f"{key}.json", json.dumps(facts, ensure_ascii=False, sort_keys=True).encode())
                 _add(archive, f"{key}.txt", "\n".join(texts).encode())
                 num_rows += 1
-            archive.members = []  # tarfile keeps them all
+            archive.members = []  # type: ignore[attr-defined]  # tarfile keeps them all
     return num_rows
 
 

@@ -118,7 +118,7 @@ class HuggingFaceTiles(PairFiles):
         if not isinstance(region, str):
             raise SourceError(f"{where}: {config.region_column}={region!r:.100} is not text: correct source.region_column")
         names = (config.text_column,) if config.text_column else TEXT_COLUMNS
-        text = next((row[name] for name in names if row.get(name) is not None), [])
+        text: Any = next((row[name] for name in names if row.get(name) is not None), [])
         facts = check_facts(row, where)
         facts["part"] = facts["part"] if "part" in row else file_part
         location = None if place is None else f"{path}#{place}"

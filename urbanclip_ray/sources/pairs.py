@@ -79,9 +79,8 @@ class PairFiles:
         records = []
         for sample in self._samples:
             if sample.tile_id in locations:
-                place = {name: sample.place.get(name) for name in COORDINATES}
-                record = TileRecord(sample.tile_id, sample.region, locations[sample.tile_id], scheme=sample.scheme, **place)
-                records.append(record._replace(group=sample.group))
+                record = TileRecord(sample.tile_id, sample.region, locations[sample.tile_id])
+                records.append(record._replace(scheme=sample.scheme, group=sample.group, **sample.place))
         return sorted(records)
 
     def read(self, location: str) -> bytes:
