@@ -79,8 +79,9 @@ class PairFiles:
         records = []
         for sample in self._samples:
             if sample.tile_id in locations:
-                record = TileRecord(sample.tile_id, sample.region, locations[sample.tile_id])
-                records.append(record._replace(scheme=sample.scheme, group=sample.group, **sample.place))
+                lon, lat, west, south, east, north = (sample.place.get(name) for name in COORDINATES)
+                place = (lon, lat, west, south, east, north, sample.scheme, sample.group)
+                records.append(TileRecord(sample.tile_id, sample.region, locations[sample.tile_id], *place))
         return sorted(records)
 
     def read(self, location: str) -> bytes:
