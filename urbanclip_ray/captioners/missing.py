@@ -41,7 +41,7 @@ class Missing(NamedTuple):
     @property
     def is_missing(self) -> np.ndarray:
         """Booleans [tiles]: whether any text of the tile is."""
-        return ~self.are_stored.all(axis=1)
+        return np.logical_not(np.all(self.are_stored, axis=1))
 
     @property
     def num_missing(self) -> int:
