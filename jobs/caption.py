@@ -27,13 +27,10 @@ def plan(run: Any, limit: int | None) -> None:
 
 
 def status(run: Any, limit: int | None) -> None:
-    from urbanclip_ray.captioners.status import progress_of
-    from urbanclip_ray.config import ConfigError
+    from urbanclip_ray.captioners.status import show_progress
     from urbanclip_ray.stages import caption_work
 
-    if limit is not None:
-        raise ConfigError("--limit does not go with --status, which counts every tile: leave it out")
-    print("\n".join(str(progress) for progress in progress_of(caption_work(run))))
+    show_progress(caption_work(run), limit)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ LIGHT = [
     ),
     *(".geo.baidu", ".geo.zonal", ".sources.label_files"),
     *(".captioners.model_files", ".captioners.store", ".captioners.vision_language"),
+    *(".captioners.attempts", ".captioners.projection", ".captioners.tally", ".captioners.upkeep"),
 ]
 HEAVY = ("torch", "ray", "deepspeed", "open_clip", "transformers")
 USES_RAY = {
@@ -53,7 +54,7 @@ USES_RAY = {
 }
 USES_DEEPSPEED = {"urbanclip_ray.train.engine", "urbanclip_ray.train.fragments"}
 ENTRIES = {  # of the command line, for jobs
-    *("run_job", "run_verification", "run_leak_table", "run_experiment_job", "run_report", "run_search"),
+    *("run_job", "run_verification", "run_leak_table", "run_experiment_job", "run_report", "run_search", "run_caption_store"),
 }
 CONNECT_ONLY = {"urbanclip_ray.preflight", "urbanclip_ray.command_line", "urbanclip_ray.evaluate.probe"}
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import ray.data
 import ray.exceptions
 from ray.util.annotations import RayDeprecationWarning
@@ -24,16 +25,18 @@ from urbanclip_ray.captioners import given as source_captions
 from urbanclip_ray.captioners import land_cover, missing, vision_language
 from urbanclip_ray.captioners.attempts import StoredCaptioner
 from urbanclip_ray.captioners.base import Captioner, Origin, Tile
-from urbanclip_ray.captioners.missing import TILE_COLUMNS as TILE_COLUMNS  # exported again, with what others import from here
-from urbanclip_ray.captioners.missing import UNREADABLE, Missing, Tally, kind_of, reason_of
-from urbanclip_ray.captioners.missing import CaptionError as CaptionError
-from urbanclip_ray.captioners.missing import refuse_unusable as refuse_unusable
+from urbanclip_ray.captioners.missing import Missing
 from urbanclip_ray.captioners.model_files import ModelReference
 from urbanclip_ray.captioners.projection import Described, as_captions, project, rows_of
 from urbanclip_ray.captioners.store import CaptionStore
+from urbanclip_ray.captioners.tally import UNREADABLE, Tally, kind_of, reason_of
+from urbanclip_ray.captioners.tally import CaptionError as CaptionError  # exported again: what captioning raises
+from urbanclip_ray.captioners.tally import refuse_unusable as refuse_unusable
 from urbanclip_ray.config import CaptionConfig, ConfigError, PixelsConfig
 from urbanclip_ray.errors import one_line
-from urbanclip_ray.storage import Dataset, Publication
+from urbanclip_ray.storage import Dataset, Publication, resolve
+
+TILE_COLUMNS = ["tile_id", "image", "sha256", "error"]
 
 
 class CaptionWork(NamedTuple):
@@ -102,15 +105,36 @@ def describe_missing(store: CaptionStore, index: pa.Table, known: Missing, work:
     if known.num_missing:
         dataflow.connect()
         tally = Tally(len(known.hashes), len(known.hashes) - known.num_missing, work.config.max_error_share, store.folder.uri)
-        rows = missing.missing_rows(work.tiles, known.missing_tile_ids(), work.config.tiles_per_batch)
+        rows = missing_rows(work.tiles, known.missing_tile_ids(), work.config.tiles_per_batch)
         with job_in([store], work) as named, _deaths_explained(work.config):
             described = describe_rows(rows, named, origins=[store.origin])
             for batch in described.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                tally.add(batch)
-                tally.report()
+                if batch.num_rows:  # an empty one may have no columns
+                    tally.add(batch)
+                    tally.report()
         failed = index.filter(pc.is_in(index["tile_id"], value_set=pa.array(tally.errors, pa.string())))
         errors = {row["sha256"]: tally.errors[row["tile_id"]] for row in failed.to_pylist()}
     return Described(store, work.config.decoding.num_samples, errors)
+
+
+def missing_rows(tiles: Dataset, tile_ids: pa.Array, tiles_per_block: int) -> ray.data.Dataset:
+    """`TILE_COLUMNS` of these tiles, in small blocks: all actors have some, and with one of them one block is lost."""
+    filesystem, _ = resolve(tiles.uri)
+    wanted = ray.put(tile_ids)
+
+    def read_file(batch: pa.Table) -> Iterator[pa.Table]:
+        value_set = ray.get(wanted)
+        for path in batch["path"].to_pylist():
+            with filesystem.open_input_file(path) as stream:
+                file = pq.ParquetFile(stream)
+                if not pc.any(pc.is_in(file.read(["tile_id"])["tile_id"], value_set=value_set)).as_py():
+                    continue  # no pixels are read for it
+                for rows in file.iter_batches(batch_size=tiles_per_block, columns=TILE_COLUMNS):
+                    yield pa.table(rows).filter(pc.is_in(rows["tile_id"], value_set=value_set))
+
+    files = ray.data.from_arrow([pa.table({"path": [path]}) for path in tiles.parquet_paths()])
+    rows = files.map_batches(read_file, batch_size=1, batch_format="pyarrow")
+    return rows.repartition(target_num_rows_per_block=tiles_per_block)
 
 
 def describe_rows(

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from urbanclip_ray import dataflow
 from urbanclip_ray.captioners import given as source_captions
 from urbanclip_ray.captioners.base import Origin
-from urbanclip_ray.captioners.missing import UNREADABLE
 from urbanclip_ray.captioners.store import CaptionStore
+from urbanclip_ray.captioners.tally import UNREADABLE
 from urbanclip_ray.schema import CAPTIONS
 from urbanclip_ray.storage import StorageError
 
@@ -74,4 +73,4 @@ def rows_of(tile: Mapping[str, Any], origin: Origin, texts: Sequence[str] | str)
 
 
 def as_captions(rows: list[dict[str, Any]]) -> pa.Table:
-    return dataflow.conform({name: [row[name] for row in rows] for name in CAPTIONS.names}, CAPTIONS)
+    return pa.Table.from_pylist(rows, schema=CAPTIONS)

@@ -6,18 +6,21 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from urbanclip_ray.captioners.caption import CaptionWork
-from urbanclip_ray.captioners.missing import Missing, kind_of, read_index
+from urbanclip_ray.captioners.missing import Missing, read_index
 from urbanclip_ray.captioners.store import FAILED, CaptionStore, PartsFolder
+from urbanclip_ray.captioners.tally import kind_of
 from urbanclip_ray.config import ConfigError
 from urbanclip_ray.storage import join, list_folders, open_file
+
+if TYPE_CHECKING:
+    from urbanclip_ray.captioners.caption import CaptionWork  # whose module imports Ray, which nothing here needs
 
 RATE_WINDOW_S = 900.0  # before the newest file
 SILENT_AFTER_S = 300.0  # a job that writes nothing for so long is called stopped
@@ -68,6 +71,13 @@ def progress_of(work: CaptionWork) -> list[Progress]:
         )
     found = work.find_missing(read_index(work.tiles))
     return [_progress(store, known) for store, known in zip(stores, found, strict=True)]
+
+
+def show_progress(work: CaptionWork, limit: int | None) -> None:
+    """Print it."""
+    if limit is not None:
+        raise ConfigError("--limit does not go with --status, which counts every tile: leave it out")
+    print("\n".join(str(progress) for progress in progress_of(work)))
 
 
 def _progress(store: CaptionStore, known: Missing) -> Progress:

@@ -6,13 +6,14 @@ import os
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from urbanclip_ray.captioners import upkeep
 from urbanclip_ray.captioners.base import Origin
 from urbanclip_ray.captioners.caption import CaptionWork
 from urbanclip_ray.captioners.model_files import ModelReference
-from urbanclip_ray.captioners.status import holdings, progress_of
+from urbanclip_ray.captioners.status import holdings, progress_of, show_progress
 from urbanclip_ray.captioners.store import CaptionStore, FailedTile, StoredCaption
 from urbanclip_ray.config import CaptionConfig, ConfigError, PixelsConfig
 from urbanclip_ray.schema import TILES
@@ -23,8 +24,6 @@ NUM_TILES = 10
 
 @pytest.fixture
 def work(tmp_path) -> CaptionWork:
-    import pyarrow as pa
-
     rows = [
         {"tile_id": f"r/{n}", "region": "r", "scheme": "none", "sha256": f"{n:064}", "error": None} for n in range(NUM_TILES)
     ]
@@ -74,6 +73,11 @@ def test_a_stopped_job_says_since_when(work):
 def test_a_captioner_without_a_store_has_no_progress(work):
     with pytest.raises(ConfigError, match="keeps nothing in the caption store"):
         progress_of(work._replace(model=None, config=CaptionConfig()))
+
+
+def test_a_limit_is_refused(work):
+    with pytest.raises(ConfigError, match="--limit does not go with --status"):
+        show_progress(work, 5)
 
 
 def test_what_a_store_holds(work, tmp_path, capsys):
