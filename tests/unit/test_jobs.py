@@ -104,6 +104,23 @@ def test_a_report_or_a_search_without_its_run_says_what_is_missing(job, argument
     assert "Traceback" not in result.stderr
 
 
+def test_the_caption_store_is_cleaned_only_when_told_and_says_where_there_is_none(tmp_path):
+    missing = start("caption_store.py", "status", "--storage", str(tmp_path))
+    (line,) = missing.stderr.splitlines()
+    assert line == f"error: {tmp_path}/caption_store: no such folder; check the path"
+    half = tmp_path / "caption_store" / "origin" / "j-1.parquet.0123.tmp"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"half")
+    os.utime(half, (0, 0))
+    listed = start("caption_store.py", "clean", "--storage", str(tmp_path))
+    assert f"found: {half} (half a file" in listed.stdout
+    assert "1 could be deleted: add --yes" in listed.stdout
+    assert half.exists()
+    assert "--yes goes with clean" in start("caption_store.py", "compact", "--yes").stderr
+    assert "1 deleted" in start("caption_store.py", "clean", "--yes", "--storage", str(tmp_path)).stdout
+    assert not half.exists()
+
+
 def test_show_config_prints_json():
     result = start("pipeline.py", "--recipe", "tiny_test", "--set", "source.uri=tiles", "--show-config")
     assert result.returncode == 0

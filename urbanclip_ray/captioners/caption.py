@@ -130,7 +130,7 @@ def missing_rows(tiles: Dataset, tile_ids: pa.Array, tiles_per_block: int) -> ra
                 if not pc.any(pc.is_in(file.read(["tile_id"])["tile_id"], value_set=value_set)).as_py():
                     continue  # no pixels are read for it
                 for rows in file.iter_batches(batch_size=tiles_per_block, columns=TILE_COLUMNS):
-                    yield pa.table(rows).filter(pc.is_in(rows["tile_id"], value_set=value_set))
+                    yield pa.Table.from_batches([rows]).filter(pc.is_in(rows["tile_id"], value_set=value_set))
 
     files = ray.data.from_arrow([pa.table({"path": [path]}) for path in tiles.parquet_paths()])
     rows = files.map_batches(read_file, batch_size=1, batch_format="pyarrow")

@@ -64,8 +64,9 @@ class VisionLanguageCaptioner:
 
         if not images:
             return []
-        if self._most_images is not None and len(images) > self._most_images:
-            return self._texts(images[: self._most_images]) + self._texts(images[self._most_images :])
+        step = self._most_images or len(images)
+        if len(images) > step:
+            return [texts for at in range(0, len(images), step) for texts in self._texts(images[at : at + step])]
         half = len(images) // 2
         try:
             return list(self._generate(images))
