@@ -37,7 +37,7 @@ TILES_URI = f"s3://{BUCKET}/tiles"
 NUM_TILES = 20
 BATCH_S = 3.0  # of one batch; what is killed is killed in its first third
 AWAY_S, REFUSES_S = 6.0, 10.0
-WAIT_S = 240.0
+WAIT_S = 400.0
 QUICK = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3", "RAY_AUTH_MODE": "disabled"}
 
 
@@ -132,7 +132,7 @@ def address(proxy) -> Iterator[str]:
     """A cluster of two nodes whose processes have the keys of the server."""
     write_tiles()
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    command = [sys.executable, str(NODES), "2", "2"]
+    command = [sys.executable, str(NODES), "2", "--cpus", "2", "--no-dashboard"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=kept | QUICK) as process:
         assert process.stdout is not None
         yield next(line.split()[1] for line in process.stdout if line.startswith("address "))

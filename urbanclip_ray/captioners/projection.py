@@ -32,12 +32,12 @@ def project(index: pa.Table, described: Sequence[Described], given: Mapping[str,
 
     A tile has what is `given`, by its id, else what each origin says of it, else a row with the error.
     """
-    for at in range(0, index.num_rows, TILES_PER_PASS):
+    for at in range(0, max(index.num_rows, 1), TILES_PER_PASS):  # no tiles are one empty table
         tiles = index.slice(at, TILES_PER_PASS)
         hashes = pc.unique(tiles["sha256"].combine_chunks().drop_null())
         place_of = {key: place for place, key in enumerate(hashes.to_pylist())}
         texts = [each.store.texts_of(hashes, each.num_samples) for each in described]
-        for first in range(0, tiles.num_rows, TILES_PER_FILE):
+        for first in range(0, max(tiles.num_rows, 1), TILES_PER_FILE):
             rows: list[dict[str, Any]] = []
             for tile in tiles.slice(first, TILES_PER_FILE).to_pylist():
                 if tile["tile_id"] in given and tile["error"] is None:

@@ -88,6 +88,11 @@ def test_passes_and_files_do_not_change_the_rows(store, monkeypatch):
     assert len(list(project(INDEX, [Described(store, 1, errors)], {}))) == 3
 
 
+def test_no_tiles_are_no_rows_in_one_table(store):
+    (table,) = project(INDEX.slice(0, 0), [Described(store, 1, {})], {})
+    assert (table.num_rows, table.schema) == (0, CAPTIONS)
+
+
 def test_several_origins_have_rows_each(store, tmp_path):
     other = CaptionStore(str(tmp_path), ORIGIN._replace(prompt="another"))
     other.add("j-1", [StoredCaption(name, 0, f"other text of {name}") for name in ("h0", "h1", "h3", "h4")])
