@@ -206,6 +206,36 @@ def run_leak_table(description: str | None) -> None:
             print(f"written: {uri}")
 
 
+def run_caption_store(description: str | None) -> None:
+    """Show what a caption store holds, compact it, or remove what nobody needs of it."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "action",
+        choices=["status", "compact", "clean"],
+        help="status: captions, tiles, files and failures of every model and prompt; compact: few files instead of many; "
+        "clean: half files of killed writers, files that compaction replaced, failures of tiles that are described by now, "
+        "notes of killed jobs; damaged files are named and stay",
+    )
+    parser.add_argument(
+        "--storage", metavar="URI", default=RunConfig().storage, help="whose store, as jobs/caption.py takes it"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="`stores` of S3, as other jobs take it")
+    parser.add_argument("--yes", action="store_true", help="with clean: delete, instead of only listing")
+    arguments = parser.parse_args()
+    if arguments.yes and arguments.action != "clean":
+        parser.error("--yes goes with clean")
+    with errors_in_one_line():
+        config = apply_overrides(RunConfig(), [*arguments.set, f"storage={arguments.storage}"])
+        from urbanclip_ray.captioners.upkeep import clean_store, compact_store, show_store
+        from urbanclip_ray.filesystems import use_stores
+
+        use_stores(config.stores)
+        if arguments.action == "clean":
+            clean_store(config.storage, delete=arguments.yes)
+        else:
+            {"status": show_store, "compact": compact_store}[arguments.action](config.storage)
+
+
 def _config(arguments: argparse.Namespace) -> RunConfig:
     overrides = [*arguments.set, *([f"storage={arguments.storage}"] if arguments.storage else [])]
     return apply_overrides(load_recipe(arguments.recipe), overrides)

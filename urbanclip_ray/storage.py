@@ -179,6 +179,16 @@ def list_files(uri: str, recursive: bool = True) -> list[pafs.FileInfo]:
     return sorted((info for info in found if info.is_file), key=lambda info: str(info.path))
 
 
+def list_folders(uri: str) -> list[str]:
+    """Names of the folders directly below a URI, sorted; raises when that folder is not there."""
+    filesystem, path = resolve(uri)
+    with _explained(uri):
+        if filesystem.get_file_info(path).type == pafs.FileType.NotFound:
+            raise StorageError(f"{uri}: no such folder; check the path")
+        found = filesystem.get_file_info(pafs.FileSelector(path))
+    return sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
+
+
 def delete_file(uri: str) -> None:
     filesystem, path = resolve(uri)
     with _explained(uri):

@@ -17,10 +17,10 @@ NODES = ROOT / "tests" / "distributed" / "several_nodes.py"
 
 
 @contextmanager
-def cluster(*numbers: int) -> Iterator[str]:
-    """The address of nodes with one CPU each; the second number is of the last one's GPUs."""
+def cluster(num_nodes: int, num_gpus: int) -> Iterator[str]:
+    """The address of nodes with one CPU each, the last of them with so many GPUs."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    command = [sys.executable, str(NODES), *map(str, numbers)]
+    command = [sys.executable, str(NODES), str(num_nodes), "--gpus", str(num_gpus)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=kept | {"RAY_AUTH_MODE": "disabled"}
     ) as nodes:
@@ -30,7 +30,7 @@ def cluster(*numbers: int) -> Iterator[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("nodes", "gpus_per_actor"), [((1,), 0), ((2, 1), 1)], ids=["one CPU", "one node of two with a GPU"])
+@pytest.mark.parametrize(("nodes", "gpus_per_actor"), [((1, 0), 0), ((2, 1), 1)], ids=["one CPU", "one node of two with a GPU"])
 def test_captions_are_made_where_actors_could_hold_every_cpu(nodes, gpus_per_actor, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     options = city_options(write_city(tmp_path / "city"), tmp_path / "storage")

@@ -30,6 +30,7 @@ LIGHT = [
     *(".release.plan", ".release.shards", ".release.card"),
     *(".geo.baidu", ".geo.zonal", ".sources.label_files"),
     *(".captioners.model_files", ".captioners.store", ".captioners.vision_language"),
+    *(".captioners.attempts", ".captioners.projection", ".captioners.tally", ".captioners.upkeep"),
 ]
 HEAVY = ("torch", "ray", "deepspeed", "open_clip", "transformers")
 USES_RAY = {
@@ -56,6 +57,7 @@ USES_RAY = {
 USES_DEEPSPEED = {"urbanclip_ray.train.engine", "urbanclip_ray.train.fragments"}
 ENTRIES = {  # of the command line, for jobs
     *("run_job", "run_verification", "run_leak_table", "run_experiment_job", "run_report", "run_search", "run_export"),
+    "run_caption_store",
 }
 CONNECT_ONLY = {"urbanclip_ray.preflight", "urbanclip_ray.command_line", "urbanclip_ray.evaluate.probe"}
 

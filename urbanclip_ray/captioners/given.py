@@ -15,9 +15,16 @@ class GivenCaptioner:
     """Looks captions up by tile id. `captions` has the columns `tile_id` and `text`, in the source's order."""
 
     def __init__(self, captions: pa.Table) -> None:
-        self._texts: dict[str, list[str]] = {}
-        for tile_id, text in zip(captions["tile_id"].to_pylist(), captions["text"].to_pylist(), strict=True):
-            self._texts.setdefault(tile_id, []).append(text or "")
+        self._texts = by_tile(captions)
 
     def describe(self, tiles: Sequence[Tile]) -> list[list[str] | Exception]:
         return [self._texts.get(tile.tile_id) or LookupError("the source gives no caption") for tile in tiles]
+
+
+def by_tile(captions: pa.Table | None) -> dict[str, list[str]]:
+    """The texts of every tile by its id, in the source's order."""
+    texts: dict[str, list[str]] = {}
+    if captions is not None:
+        for tile_id, text in zip(captions["tile_id"].to_pylist(), captions["text"].to_pylist(), strict=True):
+            texts.setdefault(tile_id, []).append(text or "")
+    return texts

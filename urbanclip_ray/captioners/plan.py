@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from urbanclip_ray.captioners.caption import CaptionBatch, CaptionError, CaptionWork, refuse_unusable
+from urbanclip_ray.captioners.missing import read_index
 from urbanclip_ray.captioners.sample import describe_tiles, draw_tiles
 
 NUM_TIMED_TILES = 16
@@ -54,27 +56,19 @@ def plan_captions(work: CaptionWork, num_timed_tiles: int = NUM_TIMED_TILES) -> 
 
     Raises CaptionError when the captioner cannot be used.
     """
-    table = work.tiles.read(["tile_id", "sha256", "error"])
-    readable = {row["tile_id"]: row["sha256"] for row in table.to_pylist() if row["error"] is None}
-    if work.model is not None:
-        readable = {tile_id: readable[tile_id] for tile_id in readable.keys() - work.given_tiles()}
-    store, origin = work.store(), work.origins()[-1]
-    samples = work.config.decoding.num_samples
-    tile_of = {sha256: tile_id for tile_id, sha256 in readable.items()}
-    missing = [tile_of[sha256] for sha256 in tile_of if store is None or store.find(sha256, samples) is None]
-    num_timed, seconds = _time(work, missing, num_timed_tiles) if missing else (0, 0.0)
-    if store is not None:
-        store.refresh()
-    stored = store.keys() if store is not None else set()
-    keys = {origin.key(sha256, sample) for sha256 in tile_of for sample in range(samples)}
+    index = read_index(work.tiles)
+    found = work.find_missing(index)
+    missing = found[0].tile_ids.filter(pa.array(np.any([each.is_missing for each in found], axis=0)))
+    num_timed, seconds = _time(work, missing.to_pylist(), num_timed_tiles) if len(missing) else (0, 0.0)
+    found = work.find_missing(index) if num_timed else found  # with what was timed
     return CaptionPlan(
-        num_tiles=len(readable),
-        num_unreadable=table.num_rows - len(readable),
-        num_captions=len(keys),
-        num_stored=len(keys & stored),
+        num_tiles=int(found[0].num_rows.sum()),
+        num_unreadable=index.num_rows - index["error"].null_count,
+        num_captions=sum(each.are_stored.size for each in found),
+        num_stored=sum(int(each.are_stored.sum()) for each in found),
         num_timed=num_timed,
         seconds_per_tile=seconds / num_timed if num_timed else None,
-        samples_per_tile=samples,
+        samples_per_tile=work.config.decoding.num_samples,
         gpus_per_actor=work.config.gpus_per_actor,
         num_actors=work.config.num_actors,
     )

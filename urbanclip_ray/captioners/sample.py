@@ -11,7 +11,17 @@ import ray
 import ray.data
 
 from urbanclip_ray import dataflow
-from urbanclip_ray.captioners.caption import TILE_COLUMNS, CaptionBatch, CaptionWork, describe_rows
+from urbanclip_ray.captioners import given as source_captions
+from urbanclip_ray.captioners.caption import (
+    TILE_COLUMNS,
+    CaptionBatch,
+    CaptionWork,
+    describe_missing,
+    describe_rows,
+    job_in,
+    refuse_no_captions,
+)
+from urbanclip_ray.captioners.projection import project
 from urbanclip_ray.storage import Dataset
 
 SAMPLE_SEED = 0
@@ -30,11 +40,25 @@ def draw_tiles(tiles: Dataset, tile_ids: Sequence[str], num_tiles: int) -> pa.Ta
     return _collect(dataflow.map_tables(rows, keep, batch_size=1024)).sort_by("tile_id")
 
 
+def caption_sample(tiles: pa.Table, work: CaptionWork) -> pa.Table:
+    """Rows of captions of a few tiles (`TILE_COLUMNS`), whatever share of them fails; only what is not stored is generated."""
+    refuse_no_captions(work)
+    stores = work.stores()
+    if not stores:
+        return describe_tiles(tiles, work)
+    index = tiles.drop_columns(["image"])
+    patient = work._replace(config=work.config.model_copy(update={"max_error_share": 1.0}))
+    found = work.find_missing(index)
+    described = [describe_missing(store, index, known, patient) for store, known in zip(stores, found, strict=True)]
+    return pa.concat_tables(project(index, described, source_captions.by_tile(work.given)))
+
+
 def describe_tiles(tiles: pa.Table, work: CaptionWork, actor: type[CaptionBatch] = CaptionBatch) -> pa.Table:
     """What actors of this class make of a few tiles, spread over as many actors as the config has."""
     size = work.config.tiles_per_batch
     blocks = [tiles.slice(at, size) for at in range(0, tiles.num_rows, size)]
-    return _collect(describe_rows(ray.data.from_arrow(blocks), work, actor))
+    with job_in(work.stores(), work) as named:
+        return _collect(describe_rows(ray.data.from_arrow(blocks), named, actor))
 
 
 def _collect(rows: ray.data.Dataset) -> pa.Table:
