@@ -72,14 +72,17 @@ def run_stages(config: RunConfig, only: Sequence[str] | None) -> Run:
     return run
 
 
-def find_parents(config: RunConfig, name: str) -> Run:
-    """A run with every dataset that the stage `name` is made of; MissingDatasetError names the job to run first."""
+def find_parents(config: RunConfig, name: str, and_itself: bool = False) -> Run:
+    """A run with every dataset that the stage `name` is made of, and its own where it is asked for.
+
+    MissingDatasetError names the job to run first.
+    """
     needed, stages = {name}, stages_of(config)
     for stage in reversed(stages):
         needed |= set(stage.parents) if stage.name in needed else set()
     run = Run(config)
     for stage in stages:
-        if stage.name in needed - {name} and stage.wanted(run):
+        if stage.name in (needed if and_itself else needed - {name}) and stage.wanted(run):
             run_stage(run, stage, open_console(), make=False)
     return run
 
