@@ -26,7 +26,8 @@ import numpy as np
 from urbanclip_ray import apply_overrides, load_recipe, run_stages
 from urbanclip_ray.ablations import change
 from urbanclip_ray.config import NO_WEIGHTS, RunConfig
-from urbanclip_ray.experiment import FREE, Score, over_seeds, score, seeded, summarise
+from urbanclip_ray.evaluate.methods import FREE
+from urbanclip_ray.experiment import Score, over_seeds, score, seeded, summarise
 from urbanclip_ray.places import weights_folder
 
 OUTPUT = Path(__file__).with_suffix(".json")

@@ -83,7 +83,8 @@ def _group(signatures: np.ndarray, similarity: float) -> np.ndarray:
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    bands = MinHashLSH(threshold=similarity, num_perm=NUM_HASHES)  # for its choice of bands and rows alone
+    # for its choice of bands and rows alone; those that only seem alike are told apart by their whole signatures below
+    bands = MinHashLSH(threshold=similarity, num_perm=NUM_HASHES, weights=(0.1, 0.9))
     ones, others = [], []
     for band in range(bands.b):
         rows = np.ascontiguousarray(signatures[:, band * bands.r : (band + 1) * bands.r])
