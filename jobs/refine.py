@@ -2,7 +2,8 @@
 
 example: python jobs/refine.py --recipe own_tiles --set source.uri=my_tiles --set refine.max_words=40
 
-For captions of a language model, --set 'refine.rules=[all]' switches on the rules of captioners/rules.yaml, or name some of them.
+For captions of a language model, --set 'refine.rules=[all]' switches on the rules of captioners/rules.yaml; or name some of
+them.
 --quality writes a page on what was kept and rejected.
 """
 

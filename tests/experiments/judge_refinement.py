@@ -1,4 +1,4 @@
-"""Are the right sentences rejected? Draws kept and rejected sentences of UrbanCLIP's released captions, and scores verdicts on them.
+"""Are the right sentences rejected? Draws kept and rejected ones of UrbanCLIP's released captions, and scores verdicts on them.
 
     python tests/experiments/judge_refinement.py draw --release FOLDER --output judging
     python tests/experiments/judge_refinement.py score --output judging
@@ -21,7 +21,8 @@ import numpy as np
 
 from urbanclip_ray import load_recipe
 from urbanclip_ray.captioners.refine import Standard, refine_sentences, split_sentences
-from urbanclip_ray.captioners.rules import Place, Rules, load_rules
+from urbanclip_ray.captioners.rules import Rules, load_rules
+from urbanclip_ray.captioners.sentence_checks import Place
 from urbanclip_ray.geo.baidu import footprints
 from urbanclip_ray.geo.earth import metres_per_degree
 

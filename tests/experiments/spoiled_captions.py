@@ -1,4 +1,4 @@
-"""Does the consistency filter mend wrong captions? RSICD with captions moved between tiles on purpose, with and without the filter.
+"""Does the consistency filter mend wrong captions? RSICD with captions moved between tiles, with and without the filter.
 
     python tests/experiments/spoiled_captions.py --rsicd FOLDER --kingcounty FOLDER --storage runs/spoiled_captions
 
@@ -9,7 +9,7 @@ that fit their tiles least (`filtered_30`). The share is taken to be known; `cle
 probed on King County's unseen zipcodes, five draws of train and validation each.
 
 Finished datasets are kept, so the same command goes on; spoiled_captions.json and .md beside this file hold what is finished.
-Time on two cores with --epochs 3, estimated from text_against_none.py: 15 pretrainings of 4 minutes and their probes, 75 minutes.
+Time on two cores with --epochs 3, estimated from text_against_none.py: 15 pretrainings of 4 minutes, with probes 75 minutes.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def train_all(seed: int, options: argparse.Namespace) -> tuple[dict[str, str], d
         consistency = {"weights": spoiled, "top_share": 1 - share}
         filtered = train(change(base, {"refine": {"consistency": consistency}}))
         weights[f"filtered_{percent}"] = weights_folder(filtered.datasets["pretrain"])
-        found[f"filtered_{percent}"] = what_was_found(filtered.datasets["pairs"].read(["tile_id", "rejected"]).to_pylist(), moved)
+        found[f"filtered_{percent}"] = what_was_found(
+            filtered.datasets["pairs"].read(["tile_id", "rejected"]).to_pylist(), moved
+        )
     return weights, found
 
 
@@ -128,7 +130,9 @@ def differences(scores: list[Score]) -> list[dict[str, Any]]:
             ]  # fmt: skip
             values = [float(filtered - spoiled) for filtered, spoiled in pairs]
             low, high = over_seeds(values)
-            rows.append({"share": share, "indicator": indicator, "difference": float(np.mean(values)), "low": low, "high": high})
+            rows.append(
+                {"share": share, "indicator": indicator, "difference": float(np.mean(values)), "low": low, "high": high}
+            )
     return rows
 
 
@@ -137,7 +141,8 @@ def markdown(record: dict[str, Any]) -> str:
     lines += [f"| {row['indicator']} | {row['method']} | {row['r2']:.3f} | {_interval(row)} |" for row in record["table"]]
     lines += ["", "| share spoiled | indicator | filtered minus spoiled | 95% |", "|---|---|---|---|"]
     lines += [
-        f"| {row['share']:.0%} | {row['indicator']} | {row['difference']:+.3f} | {_interval(row)} |" for row in record["differences"]
+        f"| {row['share']:.0%} | {row['indicator']} | {row['difference']:+.3f} | {_interval(row)} |"
+        for row in record["differences"]
     ]
     lines += ["", "| seed | filter | sentences rejected for their score | of them moved |", "|---|---|---|---|"]
     lines += [

@@ -138,7 +138,11 @@ def test_packages_keep_to_their_side(package, others):
 
 
 def test_captioners_know_the_model_for_the_consistency_score_alone():
-    found = {(item.module, item.lazy) for item in ALL if is_below(item.module, "urbanclip_ray.captioners") and is_below(item.name, "urbanclip_ray.model")}
+    found = {
+        (item.module, item.lazy)
+        for item in ALL
+        if is_below(item.module, "urbanclip_ray.captioners") and is_below(item.name, "urbanclip_ray.model")
+    }
     assert found == {("urbanclip_ray.captioners.consistency", True)}
 
 

@@ -36,9 +36,7 @@ def reject_inconsistent(
     return dataflow.conform(columns, SCORED_PAIRS), {"weights": weights_uri, "least_score_kept": bounds}
 
 
-def find_thresholds(
-    scores: dict[str, list[float]], regions: dict[str, str], config: ConsistencyConfig
-) -> dict[str, float]:
+def find_thresholds(scores: dict[str, list[float]], regions: dict[str, str], config: ConsistencyConfig) -> dict[str, float]:
     """The least score that is kept, by region: `min_score`, or that of the last of its `top_share` best sentences."""
     by_region: dict[str, list[float]] = {region: [] for region in sorted(set(regions.values()))}
     for tile_id, values in scores.items():

@@ -1,7 +1,8 @@
 """Sentences that many tiles share: counted file by file, and summed up, by keys alone, so that memory is bounded.
 
-Sentences that say the same but for case and marks have one key. Near duplicates are told by MinHash (Broder, 1997) over pairs of
-words: 200,000 tiles of four sentences are 800,000 keys and signatures, 210 MB. Nothing depends on the order of files or tiles.
+Sentences that say the same but for case and marks have one key. Near duplicates are told by MinHash (Broder, 1997) over
+pairs of words: 200,000 tiles of four sentences are 800,000 keys and signatures, 210 MB. Nothing depends on the order of files
+or tiles.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 
-from urbanclip_ray.captioners.rules import WORD
+from urbanclip_ray.captioners.sentence_checks import WORD
 
 NUM_HASHES = 64  # of a signature: Jaccard similarities are known to about 0.06
 SEED = 1
@@ -57,7 +59,7 @@ def _signatures(folded: list[str]) -> np.ndarray:
 
 def _pairs_of_words(folded: str) -> set[str]:
     words = folded.split()
-    return {f"{first} {second}" for first, second in zip(words, words[1:], strict=False)} or set(words)
+    return {f"{first} {second}" for first, second in pairwise(words)} or set(words)
 
 
 def frequent_keys(counts: Sequence[pa.Table], max_tiles: int, similarity: float) -> pa.Array:

@@ -19,7 +19,8 @@ import ray.data
 
 from urbanclip_ray import dataflow
 from urbanclip_ray.captioners.duplicates import count_sentences, fold, frequent_keys, sentence_key
-from urbanclip_ray.captioners.rules import CUT_OFF, NOWHERE, WORD, Place, Rules, ends_whole
+from urbanclip_ray.captioners.rules import CUT_OFF, Rules
+from urbanclip_ray.captioners.sentence_checks import NOWHERE, WORD, Place, ends_whole
 from urbanclip_ray.config import PixelsConfig, RefineConfig
 from urbanclip_ray.geo.earth import metres_per_degree
 from urbanclip_ray.schema import PAIRS
@@ -43,8 +44,11 @@ class Standard(NamedTuple):
     frequent: frozenset[int] = frozenset()  # keys of sentences that too many tiles share
 
 
+LENIENT = Standard()
+
+
 def refine_sentences(
-    sentences: list[str], config: RefineConfig, standard: Standard = Standard(), place: Place = NOWHERE
+    sentences: list[str], config: RefineConfig, standard: Standard = LENIENT, place: Place = NOWHERE
 ) -> tuple[list[str], list[tuple[str, str]]]:
     """Accepted sentences of one tile, in order, and the rejected ones with their reasons."""
     kept: list[str] = []
@@ -92,9 +96,10 @@ class RefineWork(NamedTuple):
     pixels: PixelsConfig = PixelsConfig()
 
 
-def refine_captions(
-    captions: Dataset, config: RefineConfig, publication: Publication, work: RefineWork = RefineWork()
-) -> None:
+CONFIG_ALONE = RefineWork()
+
+
+def refine_captions(captions: Dataset, config: RefineConfig, publication: Publication, work: RefineWork = CONFIG_ALONE) -> None:
     """One row per tile with a caption: its accepted sentences in order, and the rejected ones.
 
     All captions of a tile lie in one file of the captions (one call of a captioner wrote them), so files are refined

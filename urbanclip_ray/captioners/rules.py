@@ -1,17 +1,24 @@
-"""Rules by which sentences are rejected: patterns that are data (rules.yaml), and checks against language and the tile's metadata."""
+"""Rules by which sentences are rejected: patterns that are data (rules.yaml), and the checks of `sentence_checks`."""
 
 from __future__ import annotations
 
 import importlib.resources
 import math
 import re
-from functools import cache, lru_cache
-from typing import Any, Literal, NamedTuple
+from functools import lru_cache
+from typing import Any, Literal
 
 import numpy as np
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
+from urbanclip_ray.captioners.sentence_checks import (
+    NOWHERE,
+    Place,
+    is_other_language,
+    is_wrong_scale,
+    repeats_itself,
+)
 from urbanclip_ray.config import ConfigError, Section
 from urbanclip_ray.geo.earth import distance_m
 from urbanclip_ray.storage import digest, read_bytes
@@ -21,17 +28,10 @@ OTHER_LANGUAGE, CUT_OFF, REPEATED_WORDS = "other language", "cut off", "repeated
 ANOTHER_PLACE, WRONG_SCALE = "another place", "wrong scale"
 CHECKS = (OTHER_LANGUAGE, CUT_OFF, REPEATED_WORDS, ANOTHER_PLACE, WRONG_SCALE)  # that are more than patterns
 MAX_CHARACTERS = 2000  # more is no sentence, and patterns would take long over it
-MIN_CONFIDENCE = 0.6  # of another language: a few words of English are often taken for a cousin of it, with less
 MIN_LENGTH_PX = 4  # that a thing must have to be told from its surroundings
 ASSUMED_M_PER_PX = 0.3  # where a tile's scale is not known: that of the finest satellites
 CITY_RADIUS_KM = 100.0
-SCALE_TOLERANCE = 2.0
 LIST_NAME = re.compile(r"\{([a-z_]+)\}")
-WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
-SENTENCE_MARKS = ".!?…。！？"
-CLOSING_MARKS = "\"'”’)]»"
-LENGTH = re.compile(r"(\d[\d,]*(?:\.\d+)?)[ -]?(km|kilomet(?:er|re)s?|miles?|m|met(?:er|re)s?)\b(\s*(?:per|/|a) pixel)?", re.IGNORECASE)
-RESOLUTION = re.compile(r"\bresolution of (?:about |approximately )?(\d[\d,]*(?:\.\d+)?)[ -]?(km|kilomet(?:er|re)s?|m|met(?:er|re)s?)\b", re.I)
 
 
 class Rule(Section):
@@ -48,9 +48,9 @@ class RuleFile(Section):
 
     lead: str
     tail: str
-    lists: dict[str, tuple[str, ...]] = {}
-    sizes_m: dict[float, tuple[str, ...]] = {}
-    cities: dict[str, tuple[float, float]] = {}
+    lists: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    sizes_m: dict[float, tuple[str, ...]] = Field(default_factory=dict)
+    cities: dict[str, tuple[float, float]] = Field(default_factory=dict)
     rules: tuple[Rule, ...]
 
     @field_validator("rules")
@@ -61,19 +61,6 @@ class RuleFile(Section):
             if reasons.count(reason) > 1 or reason in CHECKS:
                 raise ValueError(f"the reason {reason!r} is taken: name every rule by another one")
         return rules
-
-
-class Place(NamedTuple):
-    """What the metadata say of a tile; None where unknown."""
-
-    region: str = ""
-    lon: float | None = None  # degrees, WGS84
-    lat: float | None = None
-    m_per_px: float | None = None
-    side_m: float | None = None
-
-
-NOWHERE = Place()
 
 
 def load_rules(uri: str) -> RuleFile:
@@ -185,52 +172,3 @@ def _filled(pattern: str, known: dict[str, str]) -> str:
         return known[match.group(1)]
 
     return LIST_NAME.sub(named, pattern)
-
-
-@cache
-def _identifier() -> Any:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-
-
-def is_other_language(sentence: str, language: str) -> bool:
-    """Whether a sentence is most likely in another language than this one (ISO 639-1). Doubt speaks for the sentence."""
-    found, confidence = _identifier().classify(sentence)
-    return bool(found != language and confidence >= MIN_CONFIDENCE)
-
-
-def repeats_itself(sentence: str) -> bool:
-    """Whether a clause of three words or more comes three times, or a word four times running: a model's loop."""
-    words = [word.lower() for word in WORD.findall(sentence)]
-    if any(len(set(words[at : at + 4])) == 1 for at in range(len(words) - 3)):
-        return True
-    clauses = [" ".join(WORD.findall(clause)).lower() for clause in re.split(r"[,;:]| and ", sentence)]
-    long = [clause for clause in clauses if clause.count(" ") >= 2]
-    runs = [" ".join(words[at : at + 6]) for at in range(len(words) - 5)]
-    return any(long.count(clause) >= 3 for clause in set(long)) or len(set(runs)) < len(runs)
-
-
-def is_wrong_scale(sentence: str, place: Place) -> bool:
-    """Whether a resolution is named that is not the tile's, or a length that the tile has no room for."""
-    for match in RESOLUTION.finditer(sentence):
-        claimed = _metres(match.group(1), match.group(2))
-        if place.m_per_px is not None and not 1 / SCALE_TOLERANCE <= claimed / place.m_per_px <= SCALE_TOLERANCE:
-            return True
-    for match in LENGTH.finditer(sentence):
-        claimed = _metres(match.group(1), match.group(2))
-        if match.group(3) and place.m_per_px is not None:
-            return not 1 / SCALE_TOLERANCE <= claimed / place.m_per_px <= SCALE_TOLERANCE
-        if place.side_m is not None and claimed > SCALE_TOLERANCE * place.side_m:
-            return True
-    return False
-
-
-def _metres(number: str, unit: str) -> float:
-    value = float(number.replace(",", ""))
-    return value * (1609.344 if unit.lower().startswith("mile") else 1000 if unit.lower().startswith("k") else 1)
-
-
-def ends_whole(sentence: str) -> bool:
-    """Whether a sentence has its closing mark."""
-    return sentence.rstrip().rstrip(CLOSING_MARKS).endswith(tuple(SENTENCE_MARKS))

@@ -43,7 +43,9 @@ class RefineConfig(Section):
     rules_file: str = execution("")  # of the same form as captioners/rules.yaml, which is used where it is empty
     language: str = Field(default="en", pattern="^[a-z]{2,3}$")  # ISO 639-1, for the rule "other language"
     max_tiles_per_sentence: int = Field(default=0, ge=0)  # a sentence that more tiles share says nothing of any; 0: no limit
-    near_duplicates: float = Field(default=0.0, ge=0, lt=1)  # sentences of at least this Jaccard similarity count as one; 0: equal
+    near_duplicates: float = Field(
+        default=0.0, ge=0, lt=1
+    )  # sentences of at least this Jaccard similarity count as one; 0: equal
     consistency: ConsistencyConfig = ConsistencyConfig()
 
     @model_validator(mode="after")

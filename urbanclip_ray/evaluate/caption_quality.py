@@ -96,7 +96,12 @@ def _draw(found: list[str], text: str, count: int, generator: random.Random) -> 
 def _reasons(by_reason: dict[str, Counter[str]]) -> list[Json]:
     total = sum(counts.total() for counts in by_reason.values())
     rows = [
-        {"reason": reason, "sentences": counts.total(), "share": counts.total() / total, "by_region": dict(sorted(counts.items()))}
+        {
+            "reason": reason,
+            "sentences": counts.total(),
+            "share": counts.total() / total,
+            "by_region": dict(sorted(counts.items())),
+        }
         for reason, counts in by_reason.items()
     ]
     return sorted(rows, key=lambda row: (row["reason"] != KEPT, -row["sentences"], row["reason"]))
@@ -126,7 +131,9 @@ def _bars(lengths: dict[str, Counter[int]]) -> list[Json]:
             least = min(length, MAX_BAR_WORDS) // WORDS_PER_BAR * WORDS_PER_BAR
             bars.setdefault(least, dict.fromkeys(lengths, 0))[when] += count
     last = f"{MAX_BAR_WORDS} or more"
-    named = [(last if least == MAX_BAR_WORDS else f"{least} to {least + WORDS_PER_BAR - 1}", bars[least]) for least in sorted(bars)]
+    named = [
+        (last if least == MAX_BAR_WORDS else f"{least} to {least + WORDS_PER_BAR - 1}", bars[least]) for least in sorted(bars)
+    ]
     return [{"words": name, **bar} for name, bar in named]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +64,9 @@ def load_image_text(uri: str) -> ImageText:
     try:
         module = _build(files.model, read_tensors(weights, name))
     except (RuntimeError, TypeError, KeyError, AssertionError) as error:
-        raise ConfigError(f"{name} does not hold both towers of its config ({one_line(error)}): give weights of a CLIP") from None
+        raise ConfigError(
+            f"{name} does not hold both towers of its config ({one_line(error)}): give weights of a CLIP"
+        ) from None
     return ImageText(
         module.eval(), open_clip_tokenizer(context_length), tower_px(files.model), files.mean, files.std, files.digest
     )

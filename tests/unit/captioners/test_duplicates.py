@@ -37,7 +37,7 @@ def test_near_duplicates_count_as_one_where_asked_for():
 
 def test_the_order_of_files_and_tiles_does_not_matter():
     generator = np.random.default_rng(0)
-    words = np.array("a the large small city river field road forest near of with many green tall houses".split())
+    words = sorted(set(f"{COMMON} {NEARLY} {OTHER}".split()))
     tiles = [[" ".join(generator.choice(words, 8)) for _ in range(3)] + [COMMON, NEARLY][: at % 3] for at in range(60)]
     first = found([tiles[:20], tiles[20:]], 3, 0.5)
     assert first

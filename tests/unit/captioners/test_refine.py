@@ -7,8 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from urbanclip_ray.captioners.refine import RefineWork, place_of, refine_captions, refine_sentences, split_sentences
-from urbanclip_ray.captioners.rules import Place, Rules, load_rules
+from urbanclip_ray.captioners.refine import (
+    CONFIG_ALONE,
+    RefineWork,
+    place_of,
+    refine_captions,
+    refine_sentences,
+    split_sentences,
+)
+from urbanclip_ray.captioners.rules import Rules, load_rules
+from urbanclip_ray.captioners.sentence_checks import Place
 from urbanclip_ray.config import RefineConfig
 from urbanclip_ray.schema import CAPTIONS, PAIRS, TILES
 from urbanclip_ray.storage import open_dataset, publish
@@ -90,7 +98,7 @@ def publish_captions(uri, files):
     return open_dataset(uri)
 
 
-def refine(captions, uri, config=DEFAULT, work=RefineWork()):
+def refine(captions, uri, config=DEFAULT, work=CONFIG_ALONE):
     with publish(uri, "pairs", config.content(), {"captions": captions}) as publication:
         refine_captions(captions, config, publication, work)
     return open_dataset(uri)

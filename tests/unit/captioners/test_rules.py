@@ -11,7 +11,8 @@ from PIL import Image
 from urbanclip_ray.captioners.base import Tile
 from urbanclip_ray.captioners.land_cover import LandCoverCaptioner
 from urbanclip_ray.captioners.refine import Standard, refine_sentences
-from urbanclip_ray.captioners.rules import CHECKS, NOWHERE, Place, Rules, load_rules
+from urbanclip_ray.captioners.rules import CHECKS, Rules, load_rules
+from urbanclip_ray.captioners.sentence_checks import NOWHERE, Place
 from urbanclip_ray.config import ConfigError, PixelsConfig, RefineConfig
 
 RULES = Rules(load_rules(""), ("all",), "en")
@@ -155,7 +156,9 @@ def test_a_file_that_is_missing_is_named(tmp_path):
 
 def test_a_file_of_one_s_own_is_used(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text("lead: 'well, '\ntail: ', so'\nlists: {colour: [red, blue]}\nrules: [{reason: bright, patterns: ['{colour}']}]")
+    path.write_text(
+        "lead: 'well, '\ntail: ', so'\nlists: {colour: [red, blue]}\nrules: [{reason: bright, patterns: ['{colour}']}]"
+    )
     rules = Rules(load_rules(str(path)), ("all",), "en")
     assert set(rules.names) == {*CHECKS, "bright"}
     assert rules.reason("A red roof in the middle of the tile.") == "bright"

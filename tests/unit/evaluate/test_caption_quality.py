@@ -7,11 +7,24 @@ import json
 import pyarrow as pa
 import pytest
 
-from urbanclip_ray.evaluate.caption_quality import MAX_SHOWN_CHARACTERS, NUM_EXAMPLES, measure_quality, render_quality, write_quality
+from urbanclip_ray.evaluate.caption_quality import (
+    MAX_SHOWN_CHARACTERS,
+    NUM_EXAMPLES,
+    measure_quality,
+    render_quality,
+    write_quality,
+)
 from urbanclip_ray.schema import PAIRS, TILES
 from urbanclip_ray.storage import open_dataset, publish
 
-HOSTILE = ["<script>alert(1)</script> & <img src=x>", "a\x00b \x1b[31m", "x" * 100_000, "left \u202e right \u2066", "=1+1", "日本 городской"]
+HOSTILE = [
+    "<script>alert(1)</script> & <img src=x>",
+    "a\x00b \x1b[31m",
+    "x" * 100_000,
+    "left \u202e right \u2066",
+    "=1+1",
+    "日本 городской",
+]
 ROWS = [
     {"tile_id": "b/1", "texts": ["A wide river.", "Many trees."], "rejected": [{"text": "Two cars.", "reason": "too small"}]},
     {"tile_id": "a/1", "texts": ["A wide river."], "rejected": [{"text": text, "reason": "strange"} for text in HOSTILE]},
