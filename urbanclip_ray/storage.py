@@ -45,6 +45,8 @@ RECORDED_LIBRARIES = (
     "rasterio",
     "pyproj",
     "exactextract",
+    "py3langid",
+    "datasketch",
 )
 
 
