@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import math
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -116,14 +117,14 @@ class Rules:
         """Why a sentence is rejected, None where it is not."""
         if len(sentence) > MAX_CHARACTERS:
             return "too long"
-        for name, check in (
-            (OTHER_LANGUAGE, lambda: is_other_language(sentence, self.language)),
-            (REPEATED_WORDS, lambda: repeats_itself(sentence)),
-            (ANOTHER_PLACE, lambda: self.is_elsewhere(sentence, place)),
-            (WRONG_SCALE, lambda: is_wrong_scale(sentence, place)),
-        ):
-            if name in self.names and check():
-                return name
+        checks: dict[str, Callable[[], bool]] = {
+            OTHER_LANGUAGE: lambda: is_other_language(sentence, self.language),
+            REPEATED_WORDS: lambda: repeats_itself(sentence),
+            ANOTHER_PLACE: lambda: self.is_elsewhere(sentence, place),
+            WRONG_SCALE: lambda: is_wrong_scale(sentence, place),
+        }
+        if failed := next((name for name, check in checks.items() if name in self.names and check()), None):
+            return failed
         main = self.main_statement(sentence)
         for rule, pattern, unless in self._patterns(_smallest_m(self.file, place)):
             text = main if rule.where == "main" else sentence
