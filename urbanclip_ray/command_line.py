@@ -19,12 +19,13 @@ from urbanclip_ray.remote_errors import explain_error, is_remote
 
 class Look(NamedTuple):
     """What a job does with `flag` instead of making its dataset. `show` takes the run with the parents of that dataset, and
-    the number of tiles of --limit (None: its own default).
+    the number of tiles of --limit (None: its own default); where it looks `at_result`, the dataset must be made.
     """
 
     flag: str
     help: str
     show: Callable[[Any, int | None], None]
+    at_result: bool = False
 
 
 def run_job(description: str | None, sections: Sequence[str], stages: Sequence[str] | None, looks: Sequence[Look] = ()) -> None:
@@ -34,8 +35,9 @@ def run_job(description: str | None, sections: Sequence[str], stages: Sequence[s
     """
     parser = build_parser(description or "", sections, looks)
     arguments = parser.parse_args()
-    if looks and arguments.limit is not None and arguments.look is None:
-        parser.error(f"--limit goes with {' or '.join(look.flag for look in looks)}")
+    limited = [look.flag for look in looks if not look.at_result]
+    if limited and arguments.limit is not None and arguments.look is None:
+        parser.error(f"--limit goes with {' or '.join(limited)}")
     with errors_in_one_line():
         config = _config(arguments)
         if arguments.show_config:
@@ -51,7 +53,8 @@ def run_job(description: str | None, sections: Sequence[str], stages: Sequence[s
         elif looks and arguments.look is not None and stages is not None:
             from urbanclip_ray.pipeline import find_parents
 
-            arguments.look(find_parents(config, stages[0]), arguments.limit)
+            look: Look = arguments.look
+            look.show(find_parents(config, stages[0], look.at_result), getattr(arguments, "limit", None))
         else:
             from urbanclip_ray.pipeline import run_stages  # imports Ray, which --help must not wait for
 
@@ -270,8 +273,9 @@ def build_parser(description: str, sections: Sequence[str], looks: Sequence[Look
     if looks:
         choice = parser.add_mutually_exclusive_group()
         for look in looks:
-            choice.add_argument(look.flag, dest="look", action="store_const", const=look.show, help=look.help)
-        parser.add_argument("--limit", type=_positive, metavar="N", help="look at so many tiles")
+            choice.add_argument(look.flag, dest="look", action="store_const", const=look, help=look.help)
+        if not all(look.at_result for look in looks):
+            parser.add_argument("--limit", type=_positive, metavar="N", help="look at so many tiles")
     return parser
 
 

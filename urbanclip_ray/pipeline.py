@@ -73,8 +73,13 @@ def run_stages(config: RunConfig, only: Sequence[str] | None) -> Run:
     return run
 
 
-def find_parents(config: RunConfig, name: str) -> Run:
-    """A run with every dataset that the stage `name` is made of; MissingDatasetError names the job to run first."""
+def find_parents(config: RunConfig, name: str, and_itself: bool = False) -> Run:
+    """A run with every dataset that the stage `name` is made of, and its own where it is asked for.
+
+    MissingDatasetError names the job to run first.
+    """
+    if and_itself:
+        return find_datasets(config, [name])
     return find_datasets(config, next(stage.parents for stage in stages_of(config) if stage.name == name))
 
 

@@ -20,6 +20,8 @@ def list_places(config: RunConfig) -> dict[str, str]:
         "labels.csv": config.labels.csv,
         **{f"labels.rasters.{name}": raster.uri for name, raster in config.labels.rasters.items()},
         "caption.model": config.caption.model if is_directory(config.caption.model) else "",
+        "refine.rules_file": config.refine.rules_file,
+        "refine.consistency.weights": _split_place(config.refine.consistency.weights)[1],
         "model.pretrained": config.model.pretrained if config.model.pretrained_is_file else "",
         "embed.weights": "" if config.embed.weights == NO_WEIGHTS else config.embed.weights,
         "baselines.resnet18_weights": config.baselines.resnet18_weights,
@@ -48,11 +50,15 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     caption = config.caption
     if is_directory(caption.model):
         caption = caption.model_copy(update={"model": absolute(caption.model)})
+    before, place, after = _split_place(config.refine.consistency.weights)
+    consistency = config.refine.consistency.model_copy(update={"weights": "".join((before, absolute(place), after))})
+    refine = config.refine.model_copy(update={"rules_file": absolute(config.refine.rules_file), "consistency": consistency})
     report = config.report.model_copy(update={"experiment": absolute(config.report.experiment)})
     rasters = {name: raster.model_copy(update={"uri": absolute(raster.uri)}) for name, raster in config.labels.rasters.items()}
     labels = config.labels.model_copy(update={"csv": absolute(config.labels.csv), "rasters": rasters})
     changed: dict[str, Any] = {"storage": absolute(config.storage), "source": source, "labels": labels, "model": model}
-    changed |= {"caption": caption, "embed": embed, "baselines": baselines, "report": report}
+    changed |= {"caption": caption, "refine": refine, "embed": embed, "baselines": baselines}
+    changed["report"] = report
     return config.model_copy(update=changed)
 
 

@@ -80,6 +80,10 @@ PAIRS = pa.schema(
     ]
 )
 
+SCORED_PAIRS = PAIRS.append(  # where sentences were scored against their tiles
+    pa.field("scores", pa.list_(pa.float32()), nullable=False)  # of `texts`
+).append(pa.field("rejected_scores", pa.list_(pa.float32()), nullable=False))  # of `rejected`; null where it was not scored
+
 SPLITS = pa.schema(
     [
         pa.field("tile_id", pa.string(), nullable=False),

@@ -46,6 +46,8 @@ RECORDED_LIBRARIES = (
     "rasterio",
     "pyproj",
     "exactextract",
+    "py3langid",
+    "datasketch",
 )
 
 

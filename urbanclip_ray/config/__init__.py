@@ -13,7 +13,6 @@ from urbanclip_ray.config.data import (
     IngestConfig,
     PackConfig,
     PixelsConfig,
-    RefineConfig,
     SplitConfig,
     SplitKind,
 )
@@ -27,6 +26,7 @@ from urbanclip_ray.config.evaluation import (
     Target,
 )
 from urbanclip_ray.config.labels import LabelsConfig, RasterConfig
+from urbanclip_ray.config.refinement import ConsistencyConfig, RefineConfig
 from urbanclip_ray.config.report import PromptsConfig, ReportConfig
 from urbanclip_ray.config.run import RunConfig
 from urbanclip_ray.config.search import Domain, TuneConfig
@@ -56,6 +56,7 @@ __all__ = [
     "BaselinesConfig",
     "CaptionConfig",
     "ConfigError",
+    "ConsistencyConfig",
     "DecodingConfig",
     "Domain",
     "EmbedConfig",
