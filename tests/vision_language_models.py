@@ -44,12 +44,14 @@ CHAT_TEMPLATE = (
 SPREAD = 0.3  # of the random weights: wide enough that different tiles get different words
 
 
-def make_blip(folder: Path, seed: int = 0) -> Path:
-    """A BLIP of 32 px with a WordPiece tokenizer."""
+SMALL_BLIP = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64}
+
+
+def make_blip(folder: Path, seed: int = 0, size: dict[str, int] = SMALL_BLIP, image_px: int = 32) -> Path:
+    """A BLIP with a WordPiece tokenizer."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"]
     tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate([*special, *WORDS])})
     tokenizer.add_tokens([AddedToken("[DEC]", special=True)], special_tokens=True)
-    size = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64}
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in (("sep", "[SEP]"), ("dec", "[DEC]"))}
     text = size | {
         "vocab_size": len(tokenizer),
@@ -60,11 +62,11 @@ def make_blip(folder: Path, seed: int = 0) -> Path:
         "pad_token_id": 0,
         "initializer_range": SPREAD,
     }
-    vision = size | {"image_size": 32, "patch_size": 8, "initializer_range": SPREAD}
+    vision = size | {"image_size": image_px, "patch_size": 8, "initializer_range": SPREAD}
     torch.manual_seed(seed)
     model = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision, projection_dim=32))
     model.save_pretrained(folder)
-    BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
+    BlipProcessor(BlipImageProcessor(size={"height": image_px, "width": image_px}), tokenizer).save_pretrained(folder)
     return folder
 
 

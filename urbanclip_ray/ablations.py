@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from urbanclip_ray.config import NO_WEIGHTS, RunConfig, Section
+from urbanclip_ray.config import NO_WEIGHTS, RefineConfig, RunConfig, Section
 
 FULL = "full"
 WITHOUT_TEXT = "without_text"
@@ -20,7 +20,7 @@ def ablations(base: RunConfig) -> dict[str, RunConfig]:
     train, caption = base.train, base.caption
     arms: dict[str, dict[str, Any]] = {
         WITHOUT_TEXT: {"embed": {"weights": NO_WEIGHTS}, "baselines": {"names": ("image_only",)}},
-        "without_refinement": {"refine": {"min_words": 1, "max_words": 10_000, "repeats": "keep"}},
+        "without_refinement": {"refine": RefineConfig(min_words=1, max_words=10_000, repeats="keep").model_dump()},
         "without_contrastive": {"train": {"contrastive_weight": 0.0}},
         "without_caption": {"train": {"caption_weight": 0.0}},
     }

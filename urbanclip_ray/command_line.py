@@ -19,12 +19,13 @@ from urbanclip_ray.remote_errors import explain_error, is_remote
 
 class Look(NamedTuple):
     """What a job does with `flag` instead of making its dataset. `show` takes the run with the parents of that dataset, and
-    the number of tiles of --limit (None: its own default).
+    the number of tiles of --limit (None: its own default); where it looks `at_result`, the dataset must be made.
     """
 
     flag: str
     help: str
     show: Callable[[Any, int | None], None]
+    at_result: bool = False
 
 
 def run_job(description: str | None, sections: Sequence[str], stages: Sequence[str] | None, looks: Sequence[Look] = ()) -> None:
@@ -34,8 +35,9 @@ def run_job(description: str | None, sections: Sequence[str], stages: Sequence[s
     """
     parser = build_parser(description or "", sections, looks)
     arguments = parser.parse_args()
-    if looks and arguments.limit is not None and arguments.look is None:
-        parser.error(f"--limit goes with {' or '.join(look.flag for look in looks)}")
+    limited = [look.flag for look in looks if not look.at_result]
+    if limited and arguments.limit is not None and arguments.look is None:
+        parser.error(f"--limit goes with {' or '.join(limited)}")
     with errors_in_one_line():
         config = _config(arguments)
         if arguments.show_config:
@@ -51,7 +53,8 @@ def run_job(description: str | None, sections: Sequence[str], stages: Sequence[s
         elif looks and arguments.look is not None and stages is not None:
             from urbanclip_ray.pipeline import find_parents
 
-            arguments.look(find_parents(config, stages[0]), arguments.limit)
+            look: Look = arguments.look
+            look.show(find_parents(config, stages[0], look.at_result), getattr(arguments, "limit", None))
         else:
             from urbanclip_ray.pipeline import run_stages  # imports Ray, which --help must not wait for
 
@@ -94,6 +97,44 @@ def run_search(description: str | None) -> None:
         from urbanclip_ray.pipeline import find_parents
 
         search_run(find_parents(config, "prompts"), arguments.text, arguments.top)
+
+
+def run_export(description: str | None) -> None:
+    """Write a run's pairs as a folder to share."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog=_epilog(["source"]), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    _add_config_options(parser)
+    parser.add_argument("--format", required=True, choices=("webdataset", "huggingface"), help="tar shards, or Parquet files")
+    parser.add_argument("--licence", required=True, metavar="SPDX_ID", help="such as CC-BY-4.0; LicenseRef-NAME for others")
+    parser.add_argument("--output", required=True, metavar="URI", help="a new folder: a local path or s3://bucket/prefix")
+    parser.add_argument("--no-pixels", action="store_true", help="texts and sha256 only, for imagery that may not be shared")
+    parser.add_argument("--attribution", default="", metavar="TEXT", help="whom the licence asks to name; goes into the card")
+    parser.add_argument("--rows-per-shard", type=_positive, default=4096, metavar="N", help="tiles a file (default: 4096)")
+    arguments = parser.parse_args()
+    with errors_in_one_line():
+        config = _config(arguments)
+        from urbanclip_ray.pipeline import find_datasets
+        from urbanclip_ray.preflight import refuse_place_of_one_host
+        from urbanclip_ray.release.export import ExportOptions, export_pairs
+        from urbanclip_ray.storage import absolute
+
+        output = absolute(arguments.output)
+        run = find_datasets(config, ["pairs"], if_made=["splits"])
+        refuse_place_of_one_host("output", arguments.output, config)
+        options = ExportOptions(
+            arguments.format,
+            arguments.licence,
+            output,
+            not arguments.no_pixels,
+            arguments.attribution,
+            arguments.rows_per_shard,
+        )
+        manifest = export_pairs(run, options)
+        size = sum(file.num_bytes for file in manifest.files)
+        print(
+            f"{manifest.rows_out:,} of {manifest.rows_in:,} tiles in {len(manifest.files) - 1} shards, {size:,} bytes: {output}"
+        )
 
 
 def run_verification(description: str | None) -> None:
@@ -168,6 +209,36 @@ def run_leak_table(description: str | None) -> None:
             print(f"written: {uri}")
 
 
+def run_caption_store(description: str | None) -> None:
+    """Show what a caption store holds, compact it, or remove what nobody needs of it."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "action",
+        choices=["status", "compact", "clean"],
+        help="status: captions, tiles, files and failures of every model and prompt; compact: few files instead of many; "
+        "clean: half files of killed writers, files that compaction replaced, failures of tiles that are described by now, "
+        "notes of killed jobs; damaged files are named and stay",
+    )
+    parser.add_argument(
+        "--storage", metavar="URI", default=RunConfig().storage, help="whose store, as jobs/caption.py takes it"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="`stores` of S3, as other jobs take it")
+    parser.add_argument("--yes", action="store_true", help="with clean: delete, instead of only listing")
+    arguments = parser.parse_args()
+    if arguments.yes and arguments.action != "clean":
+        parser.error("--yes goes with clean")
+    with errors_in_one_line():
+        config = apply_overrides(RunConfig(), [*arguments.set, f"storage={arguments.storage}"])
+        from urbanclip_ray.captioners.upkeep import clean_store, compact_store, show_store
+        from urbanclip_ray.filesystems import use_stores
+
+        use_stores(config.stores)
+        if arguments.action == "clean":
+            clean_store(config.storage, delete=arguments.yes)
+        else:
+            {"status": show_store, "compact": compact_store}[arguments.action](config.storage)
+
+
 def _config(arguments: argparse.Namespace) -> RunConfig:
     overrides = [*arguments.set, *([f"storage={arguments.storage}"] if arguments.storage else [])]
     return apply_overrides(load_recipe(arguments.recipe), overrides)
@@ -202,8 +273,9 @@ def build_parser(description: str, sections: Sequence[str], looks: Sequence[Look
     if looks:
         choice = parser.add_mutually_exclusive_group()
         for look in looks:
-            choice.add_argument(look.flag, dest="look", action="store_const", const=look.show, help=look.help)
-        parser.add_argument("--limit", type=_positive, metavar="N", help="look at so many tiles")
+            choice.add_argument(look.flag, dest="look", action="store_const", const=look, help=look.help)
+        if not all(look.at_result for look in looks):
+            parser.add_argument("--limit", type=_positive, metavar="N", help="look at so many tiles")
     return parser
 
 

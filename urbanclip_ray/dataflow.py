@@ -25,6 +25,11 @@ ACCESS_FIX = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file that h
 
 CONNECT_TIMEOUT_S = 10.0
 
+# An actor with a whole CPU on the last free one leaves none to the tasks that read for it and write what it makes, and all of
+# them wait for ever: Ray Data starts actors first. So actors on CPUs leave a little, and such tasks take a little.
+ACTOR_CPUS = 0.8
+CPUS_BESIDE_ACTORS = 0.1
+
 
 class ClusterError(UserError, RuntimeError):
     """A cluster that cannot be joined; the message names its address and the fix."""
@@ -87,10 +92,16 @@ def log_folder() -> str:
     return str(node.get_logs_dir_path()) if node else "/tmp/ray/session_latest/logs"  # noqa: S108 Ray's own default
 
 
-def read(dataset: Dataset, columns: list[str] | None = None) -> ray.data.Dataset:
-    """The rows of a finished dataset, exactly the files that its manifest names."""
+def read(dataset: Dataset, columns: list[str] | None = None, *, for_actors: bool = False) -> ray.data.Dataset:
+    """The rows of a finished dataset, exactly the files that its manifest names; `for_actors` where actors take them."""
     filesystem, _ = resolve(dataset.uri)
-    return ray.data.read_parquet(dataset.parquet_paths(), filesystem=filesystem, columns=columns, partitioning=None)
+    options = {"num_cpus": CPUS_BESIDE_ACTORS} if for_actors else {}
+    return ray.data.read_parquet(dataset.parquet_paths(), filesystem=filesystem, columns=columns, partitioning=None, **options)
+
+
+def actor_options(gpus_per_actor: float) -> dict[str, float]:
+    """What an actor of `map_batches` asks of a node: a share of a GPU alone, or most of a CPU."""
+    return {"num_gpus": gpus_per_actor, "num_cpus": 0} if gpus_per_actor else {"num_cpus": ACTOR_CPUS}
 
 
 def conform(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
@@ -100,10 +111,17 @@ def conform(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
     return pa.table([pa.array(columns[field.name], type=field.type) for field in schema], schema=schema)
 
 
-def write(rows: ray.data.Dataset, publication: Publication, *, max_rows_per_file: int | None = None) -> None:
-    """Run the Ray Data job and write its rows below the publication, in order."""
+def write(
+    rows: ray.data.Dataset,
+    publication: Publication,
+    *,
+    max_rows_per_file: int | None = None,
+    from_actors: bool = False,
+) -> None:
+    """Run the Ray Data job and write its rows below the publication, in order; `from_actors` where actors make them."""
+    options = {"num_cpus": CPUS_BESIDE_ACTORS} if from_actors else None
     try:
-        rows.write_datasink(OrderedParquet(publication.data_uri, max_rows_per_file))
+        rows.write_datasink(OrderedParquet(publication.data_uri, max_rows_per_file), ray_remote_args=options)
     except OSError as error:
         cause = getattr(error, "cause", None)  # Ray's wrapper is an OSError too, but without the number of a full disk
         raise explain_os_error(cause if isinstance(cause, OSError) else error, publication.uri) from error

@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 
 from rich.console import Console
 from rich.table import Table
@@ -72,15 +73,29 @@ def run_stages(config: RunConfig, only: Sequence[str] | None) -> Run:
     return run
 
 
-def find_parents(config: RunConfig, name: str) -> Run:
-    """A run with every dataset that the stage `name` is made of; MissingDatasetError names the job to run first."""
-    needed, stages = {name}, stages_of(config)
+def find_parents(config: RunConfig, name: str, and_itself: bool = False) -> Run:
+    """A run with every dataset that the stage `name` is made of, and its own where it is asked for.
+
+    MissingDatasetError names the job to run first.
+    """
+    if and_itself:
+        return find_datasets(config, [name])
+    return find_datasets(config, next(stage.parents for stage in stages_of(config) if stage.name == name))
+
+
+def find_datasets(config: RunConfig, names: Sequence[str], if_made: Sequence[str] = ()) -> Run:
+    """A run with these datasets and all that they are made of; MissingDatasetError names the job to run first.
+
+    Those of `if_made` are left out where they are not made.
+    """
+    needed, stages = {*names, *if_made}, stages_of(config)
     for stage in reversed(stages):
         needed |= set(stage.parents) if stage.name in needed else set()
     run = Run(config)
     for stage in stages:
-        if stage.name in needed - {name} and stage.wanted(run):
-            run_stage(run, stage, open_console(), make=False)
+        if stage.name in needed and stage.wanted(run):
+            with suppress(MissingDatasetError) if stage.name in if_made else nullcontext():
+                run_stage(run, stage, open_console(), make=False)
     return run
 
 

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from urbanclip_ray.captioners.model_files import is_directory
-from urbanclip_ray.config import NO_WEIGHTS, ConfigError, RunConfig, UrbanClipSource, WorldSource
+from urbanclip_ray.config import NO_WEIGHTS, ConfigError, PairsSource, RunConfig, UrbanClipSource, WorldSource
 from urbanclip_ray.storage import Dataset, absolute, exists, find_dataset, join, read_bytes
 
 
@@ -16,9 +16,12 @@ def list_places(config: RunConfig) -> dict[str, str]:
         "storage": config.storage,
         "source.uri": getattr(config.source, "uri", ""),
         "source.release": getattr(config.source, "release", ""),
+        "source.pixels": getattr(config.source, "pixels", ""),
         "labels.csv": config.labels.csv,
         **{f"labels.rasters.{name}": raster.uri for name, raster in config.labels.rasters.items()},
         "caption.model": config.caption.model if _is_model_directory(config) else "",
+        "refine.rules_file": config.refine.rules_file,
+        "refine.consistency.weights": _split_place(config.refine.consistency.weights)[1],
         "model.pretrained": config.model.pretrained if config.model.pretrained_is_file else "",
         "embed.weights": "" if config.embed.weights == NO_WEIGHTS else config.embed.weights,
         "baselines.resnet18_weights": config.baselines.resnet18_weights,
@@ -39,6 +42,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         source = source.model_copy(update={"uri": absolute(source.uri)})
     if isinstance(source, UrbanClipSource):
         source = source.model_copy(update={"release": absolute(source.release)})
+    if isinstance(source, PairsSource):
+        source = source.model_copy(update={"pixels": absolute(source.pixels)})
     if model.pretrained_is_file:
         model = model.model_copy(update={"pretrained": absolute(model.pretrained)})
     weights = config.embed.weights
@@ -49,11 +54,15 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     caption = config.caption
     if _is_model_directory(config):
         caption = caption.model_copy(update={"model": absolute(caption.model)})
+    before, place, after = _split_place(config.refine.consistency.weights)
+    consistency = config.refine.consistency.model_copy(update={"weights": "".join((before, absolute(place), after))})
+    refine = config.refine.model_copy(update={"rules_file": absolute(config.refine.rules_file), "consistency": consistency})
     report = config.report.model_copy(update={"experiment": absolute(config.report.experiment)})
     rasters = {name: raster.model_copy(update={"uri": absolute(raster.uri)}) for name, raster in config.labels.rasters.items()}
     labels = config.labels.model_copy(update={"csv": absolute(config.labels.csv), "rasters": rasters})
     changed: dict[str, Any] = {"storage": absolute(config.storage), "source": source, "labels": labels, "model": model}
-    changed |= {"caption": caption, "embed": embed, "baselines": baselines, "report": report}
+    changed |= {"caption": caption, "refine": refine, "embed": embed, "baselines": baselines}
+    changed["report"] = report
     return config.model_copy(update=changed)
 
 

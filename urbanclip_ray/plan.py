@@ -10,7 +10,7 @@ from rich.text import Text
 
 from urbanclip_ray.config import ConfigError, ModelConfig, RunConfig
 from urbanclip_ray.representations import stages_of
-from urbanclip_ray.stages import SEARCH, SEARCH_STAGES, Run, Stage
+from urbanclip_ray.stages import SEARCH, SEARCH_STAGES, Run, Stage, adapt
 from urbanclip_ray.storage import Dataset, dataset_uri, find_dataset, join
 from urbanclip_ray.terminal import counted, open_console
 
@@ -53,7 +53,7 @@ def walk(config: RunConfig, only: Sequence[str] | None) -> tuple[Stage, ...]:
     Raises ConfigError where the run has none of them.
     """
     if only is not None and SEARCH.name in only:
-        return SEARCH_STAGES
+        return tuple(adapt(stage, config) for stage in SEARCH_STAGES)
     stages = stages_of(config)
     if only is None or "report" in only:
         return stages

@@ -74,10 +74,14 @@ def refuse_uploaded_paths(config: RunConfig) -> None:
     directory = uploaded_directory()
     if directory is None:
         return
-    for key, value in local_places(config).items():
+    _refuse_below(directory, local_places(config))
+
+
+def _refuse_below(directory: str, places: dict[str, str]) -> None:
+    for key, value in places.items():
         path = os.path.expanduser(value.removeprefix("file://"))
         if not os.path.isabs(path) or os.path.commonpath([os.path.realpath(path), directory]) == directory:
-            option = "--storage " if key == "storage" else f"--set {key}="
+            option = f"--{key} " if key in ("storage", "output") else f"--set {key}="
             raise PreflightError(
                 f"{key}={value} lies in the working directory that was uploaded with this job: every node has its own "
                 f"copy, and all go with the job. Give {option}s3://bucket/prefix, or an absolute path on a mount that every "
@@ -87,8 +91,22 @@ def refuse_uploaded_paths(config: RunConfig) -> None:
 
 def refuse_paths_of_one_host(config: RunConfig, cluster: Cluster) -> None:
     """Local paths where work may run on several hosts, unless they are declared shared."""
-    places = local_places(config)
-    if config.resources.shared_filesystem or not places or not (len(cluster.hosts) > 1 or cluster.can_add_hosts):
+    if not config.resources.shared_filesystem:
+        _refuse_several_hosts(local_places(config), cluster)
+
+
+def refuse_place_of_one_host(key: str, value: str, config: RunConfig) -> None:
+    """The same two refusals for one place more, the option `--key`, and for the run's own; it joins the cluster."""
+    places = {key: value} if "://" not in value or value.startswith("file://") else {}
+    if (directory := uploaded_directory()) is not None:
+        _refuse_below(directory, local_places(config) | places)
+    dataflow.connect()
+    if not config.resources.shared_filesystem:
+        _refuse_several_hosts(local_places(config) | places, read_cluster())
+
+
+def _refuse_several_hosts(places: dict[str, str], cluster: Cluster) -> None:
+    if not places or not (len(cluster.hosts) > 1 or cluster.can_add_hosts):
         return
     named = ", ".join(f"{key}={value}" for key, value in places.items())
     hosts = f"{len(cluster.hosts)} hosts: {', '.join(cluster.hosts[:5])}"

@@ -27,6 +27,10 @@ from urbanclip_ray.config import (
     WorldSource,
 )
 
+# For captions of language models, which speak of moods, of people and of what a place might be used for: see rules.yaml. A
+# sentence that 500 tiles share, a tenth of a city, tells none of them apart. People's captions need none of it.
+MODEL_CAPTIONS = RefineConfig(rules=("all",), max_tiles_per_sentence=500)
+
 
 def world_demo() -> RunConfig:
     """NASA Blue Marble land tiles, rule-based captions, population of their cities; what `make demo` runs."""
@@ -130,6 +134,7 @@ def own_tiles() -> RunConfig:
         run="own_tiles",
         source=FolderSource(),
         caption=CaptionConfig(captioner="land_cover"),
+        refine=MODEL_CAPTIONS,  # for when a model is named; nothing that land_cover says breaks a rule
         split=SplitConfig(outer="blocks", also=("random",)),
         embed=EmbedConfig(views=8),
     )
@@ -161,6 +166,7 @@ def urbanclip_beijing() -> RunConfig:
             dtype="bfloat16",
             gpus_per_actor=1,
         ),
+        refine=MODEL_CAPTIONS,
         split=SplitConfig(outer="blocks", also=("random",), block_km=8, test_share=0.2, val_share=0.16),
         model=ModelConfig(architecture="coca_ViT-L-14", pretrained="mscoco_finetuned_laion2b_s13b_b90k", tokenizer="open_clip"),
         train=TrainConfig(

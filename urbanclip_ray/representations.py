@@ -10,7 +10,7 @@ from typing import Any
 
 from urbanclip_ray.config import BaselineName, RunConfig
 from urbanclip_ray.places import weights_folder
-from urbanclip_ray.stages import STAGES, Run, Stage, embed_content, pretrained_content
+from urbanclip_ray.stages import STAGES, Run, Stage, adapt, embed_content, pretrained_content
 from urbanclip_ray.storage import Publication, dataset_uri, find_dataset
 
 TRAIN_KEYS = (
@@ -44,7 +44,7 @@ def stages_of(config: RunConfig) -> tuple[Stage, ...]:
     for stage in STAGES:
         if stage.name == "retrieval":
             stages += embedded
-        stages.append(stage._replace(parents=stage.parents + names) if stage.name == "probe" else stage)
+        stages.append(stage._replace(parents=stage.parents + names) if stage.name == "probe" else adapt(stage, config))
         if stage.name == "pretrain":
             stages += [_trained(name) for name in config.baselines.names]
     return tuple(stages)

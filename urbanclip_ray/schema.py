@@ -56,6 +56,20 @@ STORED_CAPTIONS = pa.schema(  # the caption store, shared by all runs
     ]
 )
 
+FAILED_CAPTIONS = pa.schema(  # in the caption store: tiles that a captioner could not describe
+    [
+        pa.field("sha256", pa.string(), nullable=False),  # of the tile
+        pa.field("tile_id", pa.string(), nullable=False),  # in the run that tried it; others may call it otherwise
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("num_attempts", pa.int32(), nullable=False),
+        pa.field("failed_at", pa.timestamp("us", "UTC"), nullable=False),
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("revision", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("decoding", pa.string(), nullable=False),
+    ]
+)
+
 REJECTED = pa.struct([pa.field("text", pa.string()), pa.field("reason", pa.string())])
 
 PAIRS = pa.schema(
@@ -65,6 +79,10 @@ PAIRS = pa.schema(
         pa.field("rejected", pa.list_(REJECTED), nullable=False),
     ]
 )
+
+SCORED_PAIRS = PAIRS.append(  # where sentences were scored against their tiles
+    pa.field("scores", pa.list_(pa.float32()), nullable=False)  # of `texts`
+).append(pa.field("rejected_scores", pa.list_(pa.float32()), nullable=False))  # of `rejected`; null where it was not scored
 
 SPLITS = pa.schema(
     [

@@ -20,6 +20,7 @@ from urbanclip_ray.terminal import open_console
 
 if TYPE_CHECKING:
     from urbanclip_ray.captioners.caption import CaptionWork
+    from urbanclip_ray.captioners.rules import Rules
 
 
 class Run:
@@ -69,6 +70,21 @@ class Run:
     @cached_property
     def caption_model(self) -> ModelReference | None:
         return resolve_model(self.config.caption) if self.config.caption.uses_model else None
+
+    @cached_property
+    def rules(self) -> Rules | None:
+        """The rules of refinement that are switched on; a file of them that cannot be used raises ConfigError here."""
+        from urbanclip_ray.captioners.rules import Rules, load_rules
+
+        refine = self.config.refine
+        return Rules(load_rules(refine.rules_file), refine.rules, refine.language) if refine.rules else None
+
+    @cached_property
+    def consistency_digest(self) -> str:
+        """What the weights are by which sentences are scored, wherever they lie."""
+        from urbanclip_ray.model.image_text import load_image_text
+
+        return load_image_text(find_weights(self.config.refine.consistency.weights)).digest
 
     @cached_property
     def start(self) -> str:
@@ -147,9 +163,32 @@ def _caption_content(run: Run) -> dict[str, Any]:
 
 
 def _pairs(run: Run, publication: Publication) -> None:
-    from urbanclip_ray.captioners.refine import refine_captions
+    from urbanclip_ray.captioners.refine import RefineWork, refine_captions
 
-    refine_captions(run.datasets["captions"], run.config.refine, publication)
+    config = run.config
+    tiles = run.datasets["tiles"] if config.refine.needs_tiles else None
+    weights = find_weights(config.refine.consistency.weights) if config.refine.consistency.weights else ""
+    work = RefineWork(tiles, run.rules, weights, config.pixels)
+    refine_captions(run.datasets["captions"], config.refine, publication, work)
+
+
+def _pairs_content(run: Run) -> dict[str, Any]:
+    from urbanclip_ray.captioners.sentences import SPLITTER_VERSION
+
+    refine = run.config.refine
+    content: dict[str, Any] = {"refine": refine.content(), "sentences": SPLITTER_VERSION}
+    if run.rules is not None:
+        content["rules"] = run.rules.content()
+    if refine.consistency.weights:  # a score is of a model, and of the pixels that it is shown
+        content |= {"scored_by": run.consistency_digest, "pixels": run.config.pixels.content()}
+    return content
+
+
+def adapt(stage: Stage, config: RunConfig) -> Stage:
+    """A stage with the parents that this config gives it: only what holds sentences against tiles is made of tiles."""
+    if stage.name == "pairs" and config.refine.needs_tiles:
+        return stage._replace(parents=(*stage.parents, "tiles"))
+    return stage
 
 
 def _splits(run: Run, publication: Publication) -> None:
@@ -277,7 +316,7 @@ STAGES: tuple[Stage, ...] = (
         "pairs",
         "refine",
         ("captions",),
-        lambda run: {"refine": run.config.refine.content()},
+        _pairs_content,
         _pairs,
         lambda run: run.pretrains,
     ),

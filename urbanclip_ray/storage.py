@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -45,6 +46,8 @@ RECORDED_LIBRARIES = (
     "rasterio",
     "pyproj",
     "exactextract",
+    "py3langid",
+    "datasketch",
 )
 
 
@@ -117,6 +120,26 @@ def write_bytes(uri: str, data: bytes | memoryview) -> None:
 
 
 @contextmanager
+def open_output(uri: str) -> Iterator[Any]:
+    """A file to be written piece by piece; no reader sees it before it is closed."""
+    filesystem, path = resolve(uri)
+    with _explained(uri):
+        if not isinstance(filesystem, pafs.LocalFileSystem):
+            with filesystem.open_output_stream(path) as stream:
+                yield stream
+            return
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        temporary = f"{path}.{secrets.token_hex(4)}.tmp"
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+            os.replace(temporary, path)
+        finally:
+            if os.path.exists(temporary):
+                os.remove(temporary)
+
+
+@contextmanager
 def _explained(uri: str) -> Iterator[None]:
     """Errors inside are raised as :func:`explain_os_error` has them; what is missing stays FileNotFoundError."""
     try:
@@ -156,6 +179,16 @@ def list_files(uri: str, recursive: bool = True) -> list[pafs.FileInfo]:
             raise StorageError(f"{uri}: no such folder; check the path")
         found = filesystem.get_file_info(pafs.FileSelector(path, recursive=recursive))
     return sorted((info for info in found if info.is_file), key=lambda info: str(info.path))
+
+
+def list_folders(uri: str) -> list[str]:
+    """Names of the folders directly below a URI, sorted; raises when that folder is not there."""
+    filesystem, path = resolve(uri)
+    with _explained(uri):
+        if filesystem.get_file_info(path).type == pafs.FileType.NotFound:
+            raise StorageError(f"{uri}: no such folder; check the path")
+        found = filesystem.get_file_info(pafs.FileSelector(path))
+    return sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
 
 
 def delete_file(uri: str) -> None:
@@ -277,11 +310,19 @@ class Publication:
         write_bytes(join(self.data_uri, name), data)
 
     def read(self, columns: list[str]) -> pa.Table:
-        """Columns of the Parquet files written so far, for counting."""
+        """Columns of the Parquet files written so far, for counting: short ones, for all rows come into memory."""
         filesystem, _ = resolve(self.uri)
-        paths = [str(info.path) for info in list_files(self.data_uri) if str(info.path).endswith(".parquet")]
         with _explained(self.uri):
-            return pq.read_table(paths, columns=columns, filesystem=filesystem)
+            return pq.read_table(self._parquet_paths(), columns=columns, filesystem=filesystem)
+
+    def read_batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """The same in pieces, some of which are read ahead."""
+        filesystem, _ = resolve(self.uri)
+        with _explained(self.uri):
+            yield from ds.dataset(self._parquet_paths(), format="parquet", filesystem=filesystem).to_batches(columns=columns)
+
+    def _parquet_paths(self) -> list[str]:
+        return [str(info.path) for info in list_files(self.data_uri) if str(info.path).endswith(".parquet")]
 
     def entries(self) -> tuple[FileEntry, ...]:
         """Every file of this attempt with its size and checksum, read back from storage."""

@@ -91,7 +91,7 @@ def test_mistakes_of_ours_keep_their_traceback(monkeypatch):
 def looks(monkeypatch):
     """Two looks that record what they were shown, and a pipeline that must not run."""
     monkeypatch.setattr(pipeline, "run_stages", lambda config, stages: pytest.fail("must not run"))
-    monkeypatch.setattr(pipeline, "find_parents", lambda config, name: (config.run, name))
+    monkeypatch.setattr(pipeline, "find_parents", lambda config, name, and_itself: (config.run, name))
     shown: list = []
     both = [Look(flag, "Look.", lambda *seen, flag=flag: shown.append((flag, *seen))) for flag in ("--preview", "--plan")]
     return both, shown
@@ -124,4 +124,16 @@ def test_a_look_that_makes_no_sense_is_refused(monkeypatch, looks, capsys, argum
 def test_a_job_without_looks_has_no_limit(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, "--recipe", "tiny_test", "--limit", "3")
+    assert "unrecognized arguments: --limit 3" in capsys.readouterr().err
+
+
+def test_a_look_at_the_result_is_shown_the_dataset_too_and_takes_no_limit(monkeypatch, capsys):
+    asked, shown = [], []
+    monkeypatch.setattr(pipeline, "find_parents", lambda config, name, and_itself: asked.append((name, and_itself)))
+    look = Look("--quality", "Look.", lambda *seen: shown.append(seen), at_result=True)
+    run(monkeypatch, "--recipe", "tiny_test", "--quality", stages=["pairs"], looks=[look])
+    assert asked == [("pairs", True)]
+    assert shown == [(None, None)]
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--recipe", "tiny_test", "--quality", "--limit", "3", stages=["pairs"], looks=[look])
     assert "unrecognized arguments: --limit 3" in capsys.readouterr().err

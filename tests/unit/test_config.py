@@ -228,7 +228,7 @@ def test_configs_are_frozen_and_unknown_fields_are_refused_on_construction():
         (CaptionConfig(), CaptionConfig(prompt="of another captioner", dtype="float32", decoding={"num_beams": 3})),
         (
             CaptionConfig(captioner="transformers", model="a"),
-            CaptionConfig(captioner="transformers", model="b", gpus_per_actor=1, device_map="auto", max_retries=0),
+            CaptionConfig(captioner="transformers", model="b", gpus_per_actor=1, device_map="auto", max_attempts=1),
         ),
         (EmbedConfig(), EmbedConfig(num_actors=5, gpus_per_actor=0.5, tiles_per_batch=1)),
         (StoreConfig(), StoreConfig(root="s3://a", endpoint="http://h", region="r", profile="p")),

@@ -17,7 +17,7 @@ from urbanclip_ray.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
-NOT_STAGES = ("verify_gpu", "leak", "report", "search", "experiment")
+NOT_STAGES = ("caption_store", "verify_gpu", "leak", "report", "search", "experiment", "export")
 STAGE_JOBS = [job for job in JOBS if job.stem not in NOT_STAGES]
 HELP_LIMIT_S = 1.5
 MAX_LINES = 60
@@ -94,6 +94,11 @@ def test_a_mistake_on_the_command_line_is_one_line_and_no_traceback(arguments, m
             ["--runs", "no_run", "no_other"],
             "error: {storage}/no_run has no run.json: give a run's name in --storage",
         ),
+        (
+            "export.py",
+            ["--recipe", "tiny_test", "--format", "webdataset", "--licence", "CC0-1.0", "--output", "{storage}/out"],
+            "error: the folder source has no folder: set --set source.uri=FOLDER",
+        ),
         ("search.py", ["boats", "--recipe", "tiny_test", "--set", "source.uri={storage}"], "error: {storage}"),
     ],
 )
@@ -102,6 +107,29 @@ def test_a_report_or_a_search_without_its_run_says_what_is_missing(job, argument
     assert result.returncode != 0
     assert result.stderr.splitlines()[-1].startswith(message.format(storage=tmp_path))
     assert "Traceback" not in result.stderr
+
+
+def test_an_export_without_a_licence_is_refused():
+    result = start("export.py", "--recipe", "tiny_test", "--format", "huggingface", "--output", "out")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].endswith("the following arguments are required: --licence")
+
+
+def test_the_caption_store_is_cleaned_only_when_told_and_says_where_there_is_none(tmp_path):
+    missing = start("caption_store.py", "status", "--storage", str(tmp_path))
+    (line,) = missing.stderr.splitlines()
+    assert line == f"error: {tmp_path}/caption_store: no such folder; check the path"
+    half = tmp_path / "caption_store" / "origin" / "j-1.parquet.0123.tmp"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"half")
+    os.utime(half, (0, 0))
+    listed = start("caption_store.py", "clean", "--storage", str(tmp_path))
+    assert f"found: {half} (half a file" in listed.stdout
+    assert "1 could be deleted: add --yes" in listed.stdout
+    assert half.exists()
+    assert "--yes goes with clean" in start("caption_store.py", "compact", "--yes").stderr
+    assert "1 deleted" in start("caption_store.py", "clean", "--yes", "--storage", str(tmp_path)).stdout
+    assert not half.exists()
 
 
 def test_show_config_prints_json():

@@ -53,6 +53,8 @@ def test_stages_are_made_once_in_an_order_in_which_parents_come_first(config, ma
     ("override", "kept"),
     [
         ("refine.max_words=9", ["tiles", "labels", "captions", "splits"]),
+        ("refine.rules=[all]", ["tiles", "labels", "captions", "splits"]),
+        ("refine.rules_file=elsewhere.yaml", NAMES),  # without a rule switched on, no file is read
         ("caption.max_error_share=0.5", ["tiles", "labels", "splits"]),
         ("split.num_draws=3", ["tiles", "labels", "captions", "pairs"]),
         ("pack.seed=1", ["tiles", "labels", "captions", "pairs", "splits"]),
@@ -210,6 +212,31 @@ def test_a_stage_s_parents_are_found_or_the_job_to_run_first_is_named(config, ma
         "probe",
         "retrieval",
     }
+
+
+def test_pairs_are_made_of_tiles_where_sentences_are_held_against_them(config, made):
+    by_name = {stage.name: stage for stage in plan.stages_of(config)}
+    assert by_name["pairs"].parents == ("captions",)
+    strict = apply_overrides(config, ["refine.rules=[all]", 'tune.space={"train.lr": {"choice": [0.1, 0.2]}}'])
+    for stages in (plan.stages_of(strict), plan.walk(strict, ["search"])):
+        assert {stage.name: stage for stage in stages}["pairs"].parents == ("captions", "tiles")
+
+
+def test_rules_decide_by_their_content_and_not_by_where_they_lie(config, made, tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    for path in (first, second):
+        path.write_text("lead: 'a '\ntail: ', b'\nrules: [{reason: x, patterns: [y]}]")
+    assert "pairs" in rerun(config, made, "refine.rules=[x]", f"refine.rules_file={first}")
+    assert rerun(config, made, "refine.rules=[x]", f"refine.rules_file={second}") == []
+    second.write_text("lead: 'a '\ntail: ', b'\nrules: [{reason: x, patterns: [z]}]")
+    assert "pairs" in rerun(config, made, "refine.rules=[x]", f"refine.rules_file={second}")
+
+
+def test_a_look_at_a_result_finds_it_or_names_its_job(config, made):
+    rerun(config, made)
+    assert set(find_parents(config, "pairs", and_itself=True).datasets) == {"tiles", "captions", "pairs"}
+    with pytest.raises(MissingDatasetError, match=r"run jobs/refine\.py"):
+        find_parents(apply_overrides(config, ["refine.max_words=9"]), "pairs", and_itself=True)
 
 
 def test_weights_are_found_in_a_folder_a_dataset_or_a_run(config, made, tmp_path):

@@ -17,6 +17,7 @@ from urbanclip_ray.preflight import (
     probe_storage,
     refuse_impossible,
     refuse_paths_of_one_host,
+    refuse_place_of_one_host,
     refuse_uploaded_paths,
 )
 from urbanclip_ray.recipes import load_recipe
@@ -51,6 +52,11 @@ def test_a_relative_path_in_an_uploaded_directory_is_refused_with_the_fix(upload
 def test_an_absolute_path_below_an_uploaded_directory_is_refused_too(uploaded):
     with pytest.raises(PreflightError, match="working directory that was uploaded"):
         refuse_uploaded_paths(config_with(f"storage={uploaded}/runs"))
+
+
+def test_the_output_of_an_export_is_a_place_too(uploaded):
+    with pytest.raises(PreflightError, match=r"^output=pairs lies in the working directory.*Give --output s3://bucket/prefix"):
+        refuse_place_of_one_host("output", "pairs", config_with())
 
 
 def test_other_places_are_fine_in_an_uploaded_directory(uploaded):

@@ -18,6 +18,14 @@ class UnusableCaptionerError(UserError, RuntimeError):
     """A captioner that cannot describe anything, whatever the tile; the message names the key and the fix."""
 
 
+class TransientError(RuntimeError):
+    """What kept a tile from its text may pass by itself: it is tried again, `caption.max_attempts` times in all."""
+
+
+class DeadEngineError(TransientError):
+    """The captioner itself has died and must be loaded anew before anything is tried again."""
+
+
 class Tile(NamedTuple):
     """What a captioner may look at. Pixels are decoded only when asked for: not every captioner needs them."""
 
@@ -52,5 +60,9 @@ class Captioner(Protocol):
     """Describes tiles."""
 
     def describe(self, tiles: Sequence[Tile]) -> list[list[str] | Exception]:
-        """For every tile its texts, in order, or the exception that kept it from having one."""
+        """For every tile its texts, in order, or the exception that kept it from having one.
+
+        What is raised instead is of the whole batch: a :class:`TransientError` is tried again, after any other error the batch
+        is halved until the tile at fault stands alone, and :class:`UnusableCaptionerError` ends the job.
+        """
         ...

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 
 from urbanclip_ray.captioners.caption import CaptionBatch, CaptionError, CaptionWork, refuse_unusable
-from urbanclip_ray.captioners.prompts import METADATA_COLUMNS
+from urbanclip_ray.captioners.missing import Missing, find_missing
 from urbanclip_ray.captioners.sample import describe_tiles, draw_tiles
 
 NUM_TIMED_TILES = 16
@@ -23,8 +22,7 @@ class CaptionPlan(NamedTuple):
     num_captions: int
     num_stored: int  # with those of the timed sample, which are kept
     num_timed: int  # tiles
-    seconds_per_tile: float | None  # of one actor; None where nothing was timed; engines of vLLM never are
-    samples_per_tile: int  # captions, of all prompts
+    seconds_per_caption: float | None  # of one actor; None where nothing was timed; engines of vLLM never are
     gpus_per_actor: float
     num_actors: int
 
@@ -38,13 +36,13 @@ class CaptionPlan(NamedTuple):
             f"captions: {self.num_captions:,}, of which {self.num_stored:,} are in the store and {self.num_missing:,} are "
             "to be generated",
         ]
-        if self.seconds_per_tile is None:
+        if self.seconds_per_caption is None:
             return "\n".join([*lines, "cost: nothing was timed"])
-        hours = self.num_missing / self.samples_per_tile * self.seconds_per_tile / 3600
+        hours = self.num_missing * self.seconds_per_caption / 3600
         unit, share = ("GPU", self.gpus_per_actor) if self.gpus_per_actor else ("CPU", 1.0)
         lines.append(
             f"cost: {hours * share:.3g} {unit}-hours, {hours / self.num_actors:.3g} hours on {self.num_actors} actors, at "
-            f"{self.seconds_per_tile:.3g} s a tile (timed on {self.num_timed} tiles; loading the model is not in it)"
+            f"{self.seconds_per_caption:.3g} s a caption (timed on {self.num_timed} tiles; loading the model is not in it)"
         )
         return "\n".join(lines)
 
@@ -52,54 +50,51 @@ class CaptionPlan(NamedTuple):
 def plan_captions(work: CaptionWork, num_timed_tiles: int = NUM_TIMED_TILES) -> CaptionPlan:
     """Count what is there, and time a sample of what is not. The sample's captions go to the store.
 
-    Tiles that the source describes cost nothing: beside a model, they are left out.
+    Tiles that the source describes cost nothing: beside a model, they are left out, and so are prompts that cannot be filled.
 
     Raises CaptionError when the captioner cannot be used.
     """
-    table = work.tiles.read(["tile_id", "sha256", "error", *METADATA_COLUMNS])
-    readable = {row["tile_id"]: row for row in table.to_pylist() if row["error"] is None}
-    if work.model is not None:
-        readable = {tile_id: readable[tile_id] for tile_id in readable.keys() - work.given_tiles()}
-    samples = work.config.decoding.num_samples
-    keys_of = {tile_id: _keys(row, work, samples) for tile_id, row in readable.items()}
-    tile_of = {tuple(keys): tile_id for tile_id, keys in keys_of.items()}
-    known = work.stored_keys()
-    missing = [tile_id for keys, tile_id in tile_of.items() if not known.issuperset(keys)]
-    num_timed, seconds = _time(work, missing, num_timed_tiles) if missing and work.config.captioner != "vllm" else (0, 0.0)
-    stored = work.stored_keys()
-    keys = {key for keys in tile_of for key in keys}
+    index = work.read_index()
+    num_timed, seconds_per_caption = _time(work, index, num_timed_tiles)
+    found = _look_up(work, index)  # with what was timed
+    asked = find_missing(None, index, 1, work.given_texts() if work.model is not None else ())
     return CaptionPlan(
-        num_tiles=len(readable),
-        num_unreadable=table.num_rows - len(readable),
-        num_captions=len(keys),
-        num_stored=len(keys & stored),
+        num_tiles=int(asked.num_rows.sum()),
+        num_unreadable=index.num_rows - index["error"].null_count,
+        num_captions=sum(each.are_stored.size for each in found),
+        num_stored=sum(int(each.are_stored.sum()) for each in found),
         num_timed=num_timed,
-        seconds_per_tile=seconds / num_timed if num_timed else None,
-        samples_per_tile=samples * (len(work.config.asked()) if work.model is not None else 1),
+        seconds_per_caption=seconds_per_caption,
         gpus_per_actor=work.config.gpus_per_actor,
         num_actors=work.config.num_actors,
     )
 
 
-def _keys(tile: Mapping[str, Any], work: CaptionWork, num_samples: int) -> list[str]:
-    """Keys of the captions that a tile is to have; a prompt that cannot be filled has none."""
-    prompts = [prompt for prompt in work.prompts_of(tile) if isinstance(prompt, str)] if work.model is not None else []
-    origins = [work.model_origin(prompt) for prompt in prompts] if work.model is not None else [work.origins()[-1]]
-    return [origin.key(tile["sha256"], sample) for origin in origins for sample in range(num_samples)]
+def _look_up(work: CaptionWork, index: pa.Table) -> list[Missing]:
+    """What there is of every prompt that can be filled; without a model nothing is kept."""
+    if work.model is None:
+        return [find_missing(None, index, work.config.decoding.num_samples)]
+    return [each.known for each in work.look_up(index).asked if each.reason is None]
 
 
-def _time(work: CaptionWork, tile_ids: list[str], num_tiles: int) -> tuple[int, float]:
-    """Tiles timed and the seconds that one actor was busy with them."""
-    timed = describe_tiles(draw_tiles(work.tiles, tile_ids, num_tiles), work, TimedCaptionBatch)
+def _time(work: CaptionWork, index: pa.Table, num_tiles: int) -> tuple[int, float | None]:
+    """Tiles timed, of those that lack texts, and the seconds that one actor was busy with each of their captions."""
+    wanted = work.look_up(index).wanted() if work.model is not None else None
+    tile_ids = wanted.tile_ids if wanted is not None else find_missing(None, index, 1).tile_ids
+    if not len(tile_ids) or work.config.captioner == "vllm":
+        return 0, None
+    drawn = draw_tiles(work.tiles, tile_ids.to_pylist(), num_tiles)
+    timed = describe_tiles(drawn if wanted is None else wanted.choose(drawn), work, TimedCaptionBatch)
     errors = [error for error in timed["error"].to_pylist() if error]
     refuse_unusable(errors)
     if errors:
         raise CaptionError(f"{len(errors)} of {num_tiles} sampled tiles could not be captioned (the first: {errors[0]})")
-    return sum(timed["num_tiles"].to_pylist()), sum(timed["seconds"].to_pylist())
+    num_timed, num_captions, seconds = (sum(timed[name].to_pylist()) for name in ("num_tiles", "num_captions", "seconds"))
+    return num_timed, seconds / num_captions if num_captions else None
 
 
 class TimedCaptionBatch(CaptionBatch):
-    """Describes a batch and reports the time instead of the texts: num_tiles, seconds, error (of the first that failed).
+    """Describes a batch and reports the time instead of the texts: num_tiles, num_captions, seconds, error (the first).
 
     An actor's first tile is described untimed: it waits for the model to be loaded.
     """
@@ -113,12 +108,12 @@ class TimedCaptionBatch(CaptionBatch):
             batch = batch.slice(1)
             self._is_warm = True
         start = time.perf_counter()
-        if batch.num_rows:
-            errors += _errors(super().__call__(batch))
+        captions = super().__call__(batch)
         seconds = time.perf_counter() - start
+        errors += _errors(captions)
         first = errors[0] if errors else None
-        columns = {"num_tiles": [batch.num_rows], "seconds": [seconds], "error": pa.array([first], pa.string())}
-        return pa.table(columns)
+        columns = {"num_tiles": [batch.num_rows], "num_captions": [captions.num_rows], "seconds": [seconds]}
+        return pa.table(columns | {"error": pa.array([first], pa.string())})
 
 
 def _errors(captions: pa.Table) -> list[str]:

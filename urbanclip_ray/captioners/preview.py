@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from urbanclip_ray.captioners.base import Tile
 from urbanclip_ray.captioners.caption import CaptionError, CaptionWork, refuse_unusable
-from urbanclip_ray.captioners.sample import SAMPLE_SEED, describe_tiles, draw_tiles
+from urbanclip_ray.captioners.sample import SAMPLE_SEED, caption_sample, draw_tiles
 from urbanclip_ray.imagery import TileImageError
 from urbanclip_ray.storage import join, write_bytes
 
@@ -36,7 +36,7 @@ def preview_captions(work: CaptionWork, run_uri: str, num_tiles: int = NUM_TILES
     if not readable:
         raise CaptionError(f"{work.tiles.uri} has no tile that can be read: see the column error, and mend the source")
     tiles = draw_tiles(work.tiles, readable, num_tiles)
-    captions = describe_tiles(tiles, work)
+    captions = caption_sample(tiles, work)
     refuse_unusable([error for error in captions["error"].to_pylist() if error is not None])
     *before, origin = work.origins()
     page = _template().render(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from urbanclip_ray.captioners.texts import clean_text
 from urbanclip_ray.config import CaptionConfig, PixelsConfig
@@ -13,7 +14,32 @@ from urbanclip_ray.config.prompts import PromptFieldError, fill_template
 from urbanclip_ray.geo.earth import metres_per_degree
 
 METADATA_COLUMNS = ["region", "width", "west", "south", "east", "north"]
+ROWS_PER_BATCH = 8_192
 MAX_NAME_CHARACTERS = 100  # of a region: a prompt is no place for an essay
+
+
+class FilledPrompt(NamedTuple):
+    """A prompt as tiles are asked it, or the template and the `reason` why it cannot be filled for them."""
+
+    text: str
+    reason: str | None = None
+
+
+def fill_prompts(tiles: pa.Table, config: CaptionConfig, pixels: PixelsConfig) -> tuple[list[FilledPrompt], np.ndarray]:
+    """The prompts of many tiles (`METADATA_COLUMNS`, where the config has templates), each once, and whom they are for.
+
+    The array has each tile's places in the list, [tiles, prompts of a tile], in the config's order.
+    """
+    if not config.prompts:
+        return [FilledPrompt(config.prompt)], np.zeros((tiles.num_rows, 1), np.int32)
+    place_of: dict[FilledPrompt, int] = {}
+    places = np.zeros((tiles.num_rows, len(config.asked())), np.int32)
+    rows = (row for batch in tiles.select(METADATA_COLUMNS).to_batches(ROWS_PER_BATCH) for row in batch.to_pylist())
+    for tile_places, row in zip(places, rows, strict=True):
+        for number, (template, prompt) in enumerate(zip(config.asked(), prompts_of(row, config, pixels), strict=True)):
+            filled = FilledPrompt(prompt) if isinstance(prompt, str) else FilledPrompt(template, str(prompt))
+            tile_places[number] = place_of.setdefault(filled, len(place_of))
+    return list(place_of), places
 
 
 def prompts_of(tile: Mapping[str, Any], config: CaptionConfig, pixels: PixelsConfig) -> list[str | PromptFieldError]:

@@ -11,7 +11,16 @@ import ray
 import ray.data
 
 from urbanclip_ray import dataflow
-from urbanclip_ray.captioners.caption import TILE_COLUMNS, CaptionBatch, CaptionWork, describe_rows
+from urbanclip_ray.captioners.caption import (
+    TILE_COLUMNS,
+    CaptionBatch,
+    CaptionWork,
+    describe_missing,
+    describe_rows,
+    job_in,
+    refuse_no_captions,
+)
+from urbanclip_ray.captioners.projection import project
 from urbanclip_ray.storage import Dataset
 
 SAMPLE_SEED = 0
@@ -30,11 +39,27 @@ def draw_tiles(tiles: Dataset, tile_ids: Sequence[str], num_tiles: int) -> pa.Ta
     return _collect(dataflow.map_tables(rows, keep, batch_size=1024)).sort_by("tile_id")
 
 
+def caption_sample(tiles: pa.Table, work: CaptionWork) -> pa.Table:
+    """Rows of captions of a few tiles (`TILE_COLUMNS`), whatever share of them fails; only what is not stored is generated."""
+    refuse_no_captions(work)
+    if work.model is None:
+        return describe_tiles(tiles, work)
+    index = work.read_index()
+    questions = work.look_up(index.filter(pc.is_in(index["tile_id"], value_set=tiles["tile_id"])).sort_by("tile_id"))
+    patient = work._replace(config=work.config.model_copy(update={"max_error_share": 1.0}))
+    described = describe_missing(questions, patient)
+    return pa.concat_tables(project(questions.index, described, work.given_texts(), questions.places))
+
+
 def describe_tiles(tiles: pa.Table, work: CaptionWork, actor: type[CaptionBatch] = CaptionBatch) -> pa.Table:
-    """What actors of this class make of a few tiles, spread over as many actors as the config has."""
+    """What actors of this class make of a few tiles (with `prompts`, for a model), spread over all actors of the config."""
     size = work.config.tiles_per_batch
-    blocks = [tiles.slice(at, size) for at in range(0, tiles.num_rows, size)]
-    return _collect(describe_rows(ray.data.from_arrow(blocks), work, actor))
+    rows = ray.data.from_arrow([tiles.slice(at, size) for at in range(0, tiles.num_rows, size)])
+    if work.model is None:
+        return _collect(describe_rows(rows, work, actor))
+    prompts = pc.unique(pc.list_flatten(tiles["prompts"])).to_pylist()
+    with job_in([work.store_of(prompt) for prompt in prompts], work) as named:
+        return _collect(describe_rows(rows, named, actor))
 
 
 def _collect(rows: ray.data.Dataset) -> pa.Table:

@@ -1,26 +1,40 @@
 """The caption store: every generated text, kept beside the runs and shared by all of them.
 
-`<storage>/caption_store/<digest of an origin>/<digest of the texts>.parquet`: one small file per described batch, written
-whole and never changed, so what is committed is never generated again and a stopped job goes on from there.
+    <storage>/caption_store/<digest of an origin>/
+        <job>-<digest of the tiles>.parquet    the texts of a group of tiles that were described together
+        compact-<digest>.parquet               many such files in one, see `compaction`
+        failed/<as above>.parquet              tiles that could not be described
+        attempts/<job>/...                     what a job is at, see `attempts`
+
+Files are written whole and never changed, so what is committed is never generated again, and a stopped job goes on from there.
+A reader that lists the files while others are written or compacted sees every caption at least once; of several texts with
+one key the first stands, compacted files before others and older ones before newer ones.
 """
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from urbanclip_ray.captioners.base import Captioner, Origin, Tile, UnusableCaptionerError
-from urbanclip_ray.schema import STORED_CAPTIONS
-from urbanclip_ray.storage import StorageError, digest, exists, join, list_files, read_bytes, write_bytes
+from urbanclip_ray.captioners.base import Origin
+from urbanclip_ray.schema import FAILED_CAPTIONS, STORED_CAPTIONS
+from urbanclip_ray.storage import StorageError, delete_folder, digest, exists, join, list_files, read_bytes, write_bytes
 
 STORE = "caption_store"  # the folder below the storage
+FAILED = "failed"
+ATTEMPTS = "attempts"
+COMPACTED = "compact-"
 NUM_READERS = 16  # a small file costs a round trip, not bandwidth
+PARTS_PER_READ = 256  # so many files are in memory at a time
 
 
 class StoredCaption(NamedTuple):
@@ -31,113 +45,165 @@ class StoredCaption(NamedTuple):
     text: str
 
 
+class FailedTile(NamedTuple):
+    """A tile without a text: why, and how often it was tried."""
+
+    sha256: str
+    tile_id: str
+    reason: str
+    num_attempts: int
+
+
+class Part(NamedTuple):
+    """One file of an origin's folder."""
+
+    name: str
+    num_bytes: int
+    written_at_s: float  # since 1970
+
+    @property
+    def is_compacted(self) -> bool:
+        return self.name.startswith(COMPACTED)
+
+
 class CaptionStore:
-    """The texts of one origin. `uri` is the store's; what other writers commit is seen after :meth:`refresh`."""
+    """The texts of one origin. `uri` is the store's. It holds nothing in memory but where it is."""
 
     def __init__(self, uri: str, origin: Origin) -> None:
         self.origin = origin
-        self._folder = join(uri, digest(origin._asdict())[:16])
-        self._texts: dict[str, str] = {}
-        self._read: set[str] = set()
+        self.folder = PartsFolder(join(uri, digest(origin._asdict())[:16]))
+        self.failed_folder = PartsFolder(join(self.folder.uri, FAILED))
 
-    def refresh(self) -> None:
-        """Read the files that were committed since."""
-        if not exists(self._folder):
-            return
-        names = {str(info.path).rsplit("/", 1)[-1] for info in list_files(self._folder, recursive=False)}
-        new = sorted(name for name in names - self._read if name.endswith(".parquet"))
-        with ThreadPoolExecutor(NUM_READERS) as readers:
-            for texts in readers.map(self._read_file, new):
-                for key, text in texts.items():
-                    self._texts.setdefault(key, text)
-        self._read.update(new)
+    def samples_of(self, hashes: pa.Array, num_samples: int) -> np.ndarray:
+        """Which texts are there: booleans [tiles, samples], for distinct tiles by their sha256."""
+        found = np.zeros(len(hashes) * num_samples, bool)
+        for table in self.folder.read(["sha256", "sample"]):
+            places, _ = _places(table, hashes, num_samples)
+            found[places] = True
+        return found.reshape(len(hashes), num_samples)
 
-    def _read_file(self, name: str) -> dict[str, str]:
-        uri = join(self._folder, name)
+    def texts_of(self, hashes: pa.Array, num_samples: int) -> pa.Array:
+        """Texts [tiles * samples], one tile's after another's; null where there is none."""
+        places: list[np.ndarray] = [np.zeros(0, np.int64)]
+        texts = [pa.chunked_array([], pa.string())]
+        for table in self.folder.read(["sha256", "sample", "text"]):
+            found, rows = _places(table, hashes, num_samples)
+            places.append(found)
+            texts.append(table["text"].filter(rows))
+        known, first = np.unique(np.concatenate(places), return_index=True)
+        chosen = np.full(len(hashes) * num_samples, -1)
+        chosen[known] = first
+        all_texts = pa.chunked_array([chunk for each in texts for chunk in each.chunks], pa.string()).combine_chunks()
+        return all_texts.take(pa.array(chosen, mask=chosen < 0))
+
+    def read_group(self, name: str) -> dict[str, list[str]]:
+        """Texts by sha256 of one described group; empty where it is not there."""
         try:
-            table = pq.read_table(io.BytesIO(read_bytes(uri)), columns=["caption_key", "text"])
-        except pa.ArrowInvalid as error:
-            raise StorageError(f"{uri} is damaged ({error}): delete it, and its captions are generated again") from None
-        return dict(zip(table["caption_key"].to_pylist(), table["text"].to_pylist(), strict=True))
+            table = self.folder.read_part(f"{name}.parquet", ["sha256", "sample", "text"])
+        except FileNotFoundError:
+            return {}
+        texts: dict[str, list[str]] = {}
+        for row in table.sort_by("sample").to_pylist():
+            texts.setdefault(row["sha256"], []).append(row["text"])
+        return texts
 
-    def keys(self) -> set[str]:
-        return set(self._texts)
+    def add(self, name: str, captions: Iterable[StoredCaption]) -> None:
+        """Commit texts in one file; nothing is written where there are none."""
+        rows = [caption._asdict() | {"caption_key": self.origin.key(*caption[:2])} for caption in captions]
+        self._write(self.folder, name, rows, STORED_CAPTIONS)
 
-    def find(self, sha256: str, num_samples: int) -> list[str] | None:
-        """All samples of a tile, or None where one of them is missing."""
-        keys = [self.origin.key(sha256, sample) for sample in range(num_samples)]
-        return [self._texts[key] for key in keys] if all(key in self._texts for key in keys) else None
+    def add_failed(self, name: str, tiles: Iterable[FailedTile]) -> None:
+        """Record tiles without a text. The next run tries them again, and they are forgotten once they are described."""
+        now = datetime.now(UTC)
+        self._write(self.failed_folder, name, [tile._asdict() | {"failed_at": now} for tile in tiles], FAILED_CAPTIONS)
 
-    def add(self, captions: Iterable[StoredCaption]) -> None:
-        """Commit texts in one file; a text that is there already stays as it is."""
-        rows = []
-        for caption in captions:
-            key = self.origin.key(caption.sha256, caption.sample)
-            if key not in self._texts:
-                rows.append(caption._asdict() | {"caption_key": key})
-                self._texts[key] = caption.text
+    def read_failed(self) -> pa.Table:
+        """The last record of every tile that failed, described since or not; its attempts are those of all jobs."""
+        tables = list(self.failed_folder.read(["sha256", "tile_id", "reason", "num_attempts", "failed_at"]))
+        if not tables:
+            return FAILED_CAPTIONS.empty_table()
+        table = pa.concat_tables(tables).sort_by("failed_at")
+        attempts = table.group_by("sha256").aggregate([("num_attempts", "sum")])
+        last = table.group_by("sha256", use_threads=False).aggregate(
+            [("tile_id", "last"), ("reason", "last"), ("failed_at", "last")]
+        )
+        renamed = {"tile_id_last": "tile_id", "reason_last": "reason", "failed_at_last": "failed_at"}
+        return last.join(attempts, "sha256").rename_columns(renamed | {"num_attempts_sum": "num_attempts", "sha256": "sha256"})
+
+    def note_attempt(self, job: str, name: str, number: int) -> None:
+        """Remember, beyond the life of this process, that something is tried for the time `number`."""
+        write_bytes(join(self.folder.uri, ATTEMPTS, job, name), str(number).encode())
+
+    def count_attempts(self, job: str, name: str) -> int:
+        try:
+            return int(read_bytes(join(self.folder.uri, ATTEMPTS, job, name)))
+        except FileNotFoundError:
+            return 0
+
+    def forget_attempts(self, job: str) -> None:
+        delete_folder(join(self.folder.uri, ATTEMPTS, job))
+
+    def _write(self, folder: PartsFolder, name: str, rows: list[dict[str, object]], schema: pa.Schema) -> None:
         if not rows:
             return
         model, revision, prompt, decoding = self.origin
         common = {"model": model, "revision": revision, "prompt": prompt, "decoding": json.dumps(decoding, sort_keys=True)}
+        folder.write_part(f"{name}.parquet", pa.Table.from_pylist([row | common for row in rows], schema=schema))
+
+
+class PartsFolder:
+    """A folder to which whole Parquet files are added, by any number of writers; the folder need not be there yet."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+
+    def parts(self) -> list[Part]:
+        """Compacted files first, then by age."""
+        if not exists(self.uri):
+            return []
+        infos = list_files(self.uri, recursive=False)
+        parts = [Part(info.base_name, info.size, info.mtime_ns / 1e9) for info in infos if info.extension == "parquet"]
+        return sorted(parts, key=lambda part: (not part.is_compacted, part.written_at_s, part.name))
+
+    def read(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """All rows, the tables of some files at a time. Files that compaction replaces meanwhile are read in their new form."""
+        seen: set[str] = set()
+        while new := [part.name for part in self.parts() if part.name not in seen]:
+            seen.update(new)
+            is_complete = True
+            with ThreadPoolExecutor(NUM_READERS) as readers:
+                for at in range(0, len(new), PARTS_PER_READ):
+                    tables = list(readers.map(lambda name: self._read_if_there(name, columns), new[at : at + PARTS_PER_READ]))
+                    found = [table for table in tables if table is not None]
+                    is_complete &= len(found) == len(tables)
+                    if found:
+                        yield pa.concat_tables(found)
+            if is_complete:
+                return
+
+    def _read_if_there(self, name: str, columns: Sequence[str]) -> pa.Table | None:
+        try:
+            return self.read_part(name, columns)
+        except FileNotFoundError:
+            return None
+
+    def read_part(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """One file; raises FileNotFoundError, and StorageError where it is damaged."""
+        uri = join(self.uri, name)
+        try:
+            return pq.read_table(io.BytesIO(read_bytes(uri)), columns=columns, use_threads=False)
+        except pa.ArrowInvalid as error:
+            raise StorageError(f"{uri} is damaged ({error}): delete it, and its captions are generated again") from None
+
+    def write_part(self, name: str, table: pa.Table) -> None:
         stream = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist([row | common for row in rows], schema=STORED_CAPTIONS), stream)
-        name = f"{digest([[row['caption_key'], row['text']] for row in rows])[:32]}.parquet"
-        write_bytes(join(self._folder, name), stream.getvalue())
-        self._read.add(name)
+        pq.write_table(table, stream)
+        write_bytes(join(self.uri, name), stream.getvalue())
 
 
-class StoredCaptioner:
-    """Asks a captioner only for what the store lacks, and commits what it says. The captioner is loaded at first need."""
-
-    def __init__(self, store: CaptionStore, num_samples: int, load: Callable[[], Captioner]) -> None:
-        self._store = store
-        self._num_samples = num_samples
-        self._load = load
-        self._captioner: Captioner | UnusableCaptionerError | None = None
-
-    @property
-    def origin(self) -> Origin:
-        return self._store.origin
-
-    def describe(self, tiles: Sequence[Tile]) -> list[list[str] | Exception]:
-        hashes = [tile.sha256 for tile in tiles]
-        errors: dict[str, Exception] = {}
-        if self._missing(hashes):
-            self._store.refresh()
-            by_hash = dict(zip(hashes, tiles, strict=True))  # equal tiles are described once
-            errors = self._generate({sha256: by_hash[sha256] for sha256 in self._missing(hashes)})
-        return [errors[sha256] if sha256 in errors else self._found(sha256) for sha256 in hashes]
-
-    def _missing(self, hashes: list[str]) -> list[str]:
-        return [sha256 for sha256 in hashes if self._store.find(sha256, self._num_samples) is None]
-
-    def _found(self, sha256: str) -> list[str]:
-        texts = self._store.find(sha256, self._num_samples)
-        if texts is None:
-            raise AssertionError(f"the captioner gave fewer than {self._num_samples} texts for a tile")
-        return texts
-
-    def _generate(self, tiles: dict[str, Tile]) -> dict[str, Exception]:
-        """Describe and commit; returns the errors, which are not kept: the next run tries again."""
-        if not tiles:
-            return {}
-        captioner = self._loaded()
-        if isinstance(captioner, UnusableCaptionerError):
-            return dict.fromkeys(tiles, captioner)
-        described = dict(zip(tiles, captioner.describe(list(tiles.values())), strict=True))
-        self._store.add(
-            StoredCaption(sha256, sample, text)
-            for sha256, texts in described.items()
-            if not isinstance(texts, Exception)
-            for sample, text in enumerate(texts)
-        )
-        return {sha256: texts for sha256, texts in described.items() if isinstance(texts, Exception)}
-
-    def _loaded(self) -> Captioner | UnusableCaptionerError:
-        if self._captioner is None:
-            try:
-                self._captioner = self._load()
-            except UnusableCaptionerError as error:
-                self._captioner = error
-        return self._captioner
+def _places(table: pa.Table, hashes: pa.Array, num_samples: int) -> tuple[np.ndarray, pa.Array]:
+    """Where the rows of these tiles and samples belong in [tiles * samples], and which rows they are."""
+    rows = pc.and_(pc.is_in(table["sha256"], value_set=hashes), pc.less(table["sample"], num_samples))
+    wanted = table.filter(rows)
+    tiles = pc.index_in(wanted["sha256"], value_set=hashes).to_numpy().astype(np.int64)
+    return tiles * num_samples + wanted["sample"].to_numpy(), rows

@@ -40,10 +40,10 @@ class Cleaned:
         self._captioner = captioner
 
     def describe(self, tiles: Sequence[Tile]) -> list[list[str] | Exception]:
-        return [texts if isinstance(texts, Exception) else _clean(texts) for texts in self._captioner.describe(tiles)]
+        return [texts if isinstance(texts, Exception) else clean_texts(texts) for texts in self._captioner.describe(tiles)]
 
 
-def _clean(texts: list[str]) -> list[str] | Exception:
+def clean_texts(texts: list[str]) -> list[str] | TooLongError:
     try:
         return [clean_text(text) for text in texts]
     except TooLongError as error:

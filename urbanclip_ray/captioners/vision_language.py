@@ -53,6 +53,7 @@ class VisionLanguageCaptioner:
         self._decoding = config.decoding
         self._processor, self._model = _load(folder, config, reference)
         self._has_chat = getattr(self._processor, "chat_template", None) is not None
+        self._most_images: int | None = None  # that fit in memory together, once they did not
         self._answers = self._has_chat or getattr(self._processor, "image_token", None) is not None
 
     def describe(self, tiles: Sequence[Tile]) -> list[list[str] | Exception]:
@@ -65,16 +66,28 @@ class VisionLanguageCaptioner:
         return [next(texts[each.prompt]) if isinstance(each, Question) else each for each in questions]
 
     def _texts(self, images: list[Question]) -> list[list[str] | Exception]:
-        """Texts or errors of images; a batch that fails is halved until the image at fault stands alone."""
+        """Texts or errors of images; a batch that fails is halved until the image at fault stands alone.
+
+        What ran out of memory is not tried at that size again.
+        """
+        import torch
+
         if not images:
             return []
+        step = self._most_images or len(images)
+        if len(images) > step:
+            return [texts for at in range(0, len(images), step) for texts in self._texts(images[at : at + step])]
+        half = len(images) // 2
         try:
             return list(self._generate(images))
-        except Exception as error:  # whatever a model stumbles over, out of memory above all
+        except torch.OutOfMemoryError as error:
+            failure = GenerationError(one_line(error))
+            self._most_images = max(half, 1)
+            torch.cuda.empty_cache()
+        except Exception as error:  # whatever a model stumbles over
             failure = GenerationError(one_line(error))
         if len(images) == 1:
             return [failure]
-        half = len(images) // 2
         return self._texts(images[:half]) + self._texts(images[half:])
 
     def _generate(self, questions: list[Question]) -> list[list[str]]:

@@ -4,33 +4,39 @@ UNRUN: there was no GPU to run it on. What stands before the engine and behind i
 stand-in for the engine; vLLM itself has never been started by this code.
 
 Ray's processor keeps several batches in each engine and shares a large model out to `gpus_per_actor` GPUs, so it is no
-captioner that answers one batch after another: it generates what the caption store lacks, and the captions are read from there
+captioner that answers one batch after another: it writes to the caption store by itself, and the captions are read from there
 as ever. Ray's stages for chat templates and images are left out. They take the model of a hub at no certain commit, and
 parse images with a module that newer vLLMs have elsewhere; `QuestionWriter` gives the engine both ready made.
 
-Follow one row: sha256, image, asked ─QuestionWriter─▶ + sample, prompt, multimodal_data, sampling_params ─engine─▶ sha256,
-asked, sample, text, error.
+Follow one row: tile_id, sha256, image, prompts ─QuestionWriter─▶ tile_id, sha256, asked, sample, prompt, multimodal_data,
+sampling_params ─engine─▶ tile_id, sha256, asked, sample, text, error ─Commit─▶ tile_id, prompt, error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from urbanclip_ray.captioners.base import Origin, Tile, UnusableCaptionerError
 from urbanclip_ray.captioners.chat_endpoint import drawn_decoding
 from urbanclip_ray.captioners.model_files import ModelReference, fetch_model
-from urbanclip_ray.captioners.prompts import prompts_of
-from urbanclip_ray.captioners.store import CaptionStore, StoredCaption
+from urbanclip_ray.captioners.store import CaptionStore, FailedTile, StoredCaption
 from urbanclip_ray.captioners.texts import TooLongError, clean_text
 from urbanclip_ray.config import CaptionConfig, ConfigError, PixelsConfig
 from urbanclip_ray.errors import one_line
 from urbanclip_ray.imagery import TileImageError
+from urbanclip_ray.storage import digest
 
-QUESTIONS = pa.schema([pa.field("sha256", pa.string()), pa.field("image", pa.binary()), pa.field("asked", pa.string())])
-FAILED = pa.schema([pa.field(name, pa.string()) for name in ("sha256", "asked", "error")])
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+    from urbanclip_ray.captioners.caption import CaptionWork  # whose module imports this one
+
+OUTCOMES = pa.schema([pa.field(name, pa.string()) for name in ("tile_id", "prompt", "error")])
+TILE_FIELDS = ("tile_id", "sha256", "image", "prompts")
+ASKED = ("tile_id", "sha256", "asked")  # what an answer is of
 ERROR = "__inference_error__"  # Ray's name; rows that have one pass the engine by
 
 
@@ -107,20 +113,20 @@ class QuestionWriter:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         rows = [
             row
-            for sha256, image, asked in zip(batch["sha256"], batch["image"], batch["asked"], strict=True)
-            for row in self._write(sha256, image, asked)
+            for tile_id, sha256, image, prompts in zip(*(batch[name] for name in TILE_FIELDS), strict=True)
+            for asked in prompts
+            for row in self._write({"tile_id": tile_id, "sha256": sha256, "asked": asked}, image)
         ]
         return {name: _objects([row[name] for row in rows]) for name in rows[0]} if rows else {}
 
-    def _write(self, sha256: str, image: bytes, asked: str) -> list[dict[str, Any]]:
+    def _write(self, common: dict[str, Any], image: bytes) -> list[dict[str, Any]]:
         samples = range(self._config.decoding.num_samples)
-        common: dict[str, Any] = {"sha256": sha256, "asked": asked}
         try:
             pixels = Tile("", image, self._pixels).rgb()
         except TileImageError as error:
             nothing = {"prompt": "", "multimodal_data": None, "sampling_params": None}
             return [common | nothing | {"sample": sample, "unreadable": str(error), ERROR: str(error)} for sample in samples]
-        content = [{"type": "image"}, {"type": "text", "text": asked}]
+        content = [{"type": "image"}, {"type": "text", "text": common["asked"]}]
         prompt = self._processor.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
@@ -138,7 +144,7 @@ class QuestionWriter:
 
 def read_answer(row: Mapping[str, Any]) -> dict[str, Any]:
     """The answer in a row of the engine, or its error; Ray's processor hands rows with errors back unread."""
-    answer = {name: row[name] for name in ("sha256", "asked")} | {"sample": int(row["sample"]), "text": None, "error": None}
+    answer = {name: row[name] for name in ASKED} | {"sample": int(row["sample"]), "text": None, "error": None}
     if failure := row.get(ERROR):
         return answer | {"error": row.get("unreadable") or f"the model failed: {failure[:300]}"}
     if row.get("text") is not None:
@@ -149,76 +155,62 @@ def read_answer(row: Mapping[str, Any]) -> dict[str, Any]:
         return answer | {"error": str(error)}
 
 
-def fill_store(
-    rows: Any, config: CaptionConfig, reference: ModelReference, pixels: PixelsConfig, store_of: Callable[[str], CaptionStore]
-) -> dict[tuple[str, str], str]:
-    """Have the engines describe the tiles of a Ray dataset whose texts are not in the store; the errors by sha256 and prompt.
+def fill_store(rows: Dataset, work: CaptionWork) -> Dataset:
+    """Have the engines describe rows of tiles (`TILE_COLUMNS`, `prompts`) into the store; returns `OUTCOMES`.
 
-    Every batch of answers is committed when it is there. `store_of` gives the store of a prompt, in workers.
+    Every batch of answers is committed when it is there.
     """
     import ray.data
 
+    from urbanclip_ray import dataflow
+
+    config, model = work.config, work.model
+    if model is None or work.job is None:
+        raise AssertionError("engines need a model and a job")
+    engine = build_engine(config, model)
     questions = rows.map_batches(
-        MissingQuestions(config, pixels, store_of), batch_size=config.tiles_per_batch, batch_format="pyarrow"
-    ).map_batches(
         QuestionWriter,
-        fn_constructor_kwargs={"config": config, "reference": reference, "pixels": pixels},
+        fn_constructor_kwargs={"config": config, "reference": model, "pixels": work.pixels},
         batch_size=config.tiles_per_batch,
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.num_actors),
+        **dataflow.actor_options(0),
     )
-    answers = build_engine(config, reference)(questions).map(read_answer)
-    failed = answers.map_batches(Commit(store_of), batch_size=config.tiles_per_batch, batch_format="pyarrow").take_all()
-    return {(row["sha256"], row["asked"]): row["error"] for row in failed}
-
-
-class MissingQuestions:
-    """From tiles to what is asked about them and not in the store yet: sha256, image, asked."""
-
-    def __init__(self, config: CaptionConfig, pixels: PixelsConfig, store_of: Callable[[str], CaptionStore]) -> None:
-        self._config, self._pixels, self._store_of = config, pixels, store_of
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        asked = [
-            {"sha256": row["sha256"], "image": row["image"], "asked": prompt}
-            for row in batch.to_pylist()
-            if row["error"] is None
-            for prompt in prompts_of(row, self._config, self._pixels)
-            if isinstance(prompt, str)
-        ]
-        stores = {prompt: self._store_of(prompt) for prompt in {row["asked"] for row in asked}}
-        missing = [row for row in asked if stores[row["asked"]].find(row["sha256"], self._config.decoding.num_samples) is None]
-        return pa.Table.from_pylist(missing, schema=QUESTIONS)
+    answers = engine(questions).map(read_answer, num_cpus=dataflow.CPUS_BESIDE_ACTORS)
+    return answers.map_batches(
+        Commit(work.store_of, work.job.name),
+        batch_size=config.tiles_per_batch * config.decoding.num_samples,
+        batch_format="pyarrow",
+        num_cpus=dataflow.CPUS_BESIDE_ACTORS,
+    )
 
 
 class Commit:
-    """Answers go to the store, each batch in one file for every prompt; what is handed on are the failed ones."""
+    """Answers go to the store, each batch in one file for every prompt; what is handed on are `OUTCOMES`.
 
-    def __init__(self, store_of: Callable[[str], CaptionStore]) -> None:
+    A tile with several samples is one outcome, or one more where some of them failed in another batch.
+    """
+
+    def __init__(self, store_of: Callable[[str], CaptionStore], job: str) -> None:
         self._store_of = store_of
+        self._job = job
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        by_prompt: dict[str, list[StoredCaption]] = {}
-        failed = []
+        by_prompt: dict[str, list[dict[str, Any]]] = {}
         for row in batch.to_pylist():
-            if row["error"] is None:
-                by_prompt.setdefault(row["asked"], []).append(StoredCaption(row["sha256"], row["sample"], row["text"]))
-            else:
-                failed.append({name: row[name] for name in FAILED.names})
-        for prompt, captions in by_prompt.items():
-            self._store_of(prompt).add(captions)
-        return pa.Table.from_pylist(failed, schema=FAILED)
-
-
-class FilledCaptioner:
-    """What stands behind the store once the engines are through: it knows why a text is not there."""
-
-    def __init__(self, errors: Mapping[tuple[str, str], str]) -> None:
-        self._errors = errors
-
-    def describe(self, tiles: Sequence[Tile]) -> list[list[str] | Exception]:
-        lost = "the model failed: no answer came"
-        return [RuntimeError(self._errors.get((tile.sha256, tile.prompt), lost)) for tile in tiles]
+            by_prompt.setdefault(row["asked"], []).append(row)
+        outcomes: dict[tuple[str, str], str | None] = {}
+        for prompt, rows in by_prompt.items():
+            name = f"{self._job}-{digest([[row['sha256'], row['sample']] for row in rows])[:24]}"
+            failed = {row["sha256"]: FailedTile(row["sha256"], row["tile_id"], row["error"], 1) for row in rows if row["error"]}
+            texts = [StoredCaption(row["sha256"], row["sample"], row["text"]) for row in rows if row["error"] is None]
+            self._store_of(prompt).add_failed(name, failed.values())
+            self._store_of(prompt).add(name, texts)
+            first_samples = [row["tile_id"] for row in rows if row["sample"] == 0]
+            outcomes |= {(tile_id, prompt): None for tile_id in first_samples}
+            outcomes |= {(tile.tile_id, prompt): tile.reason for tile in failed.values()}
+        rows = [{"tile_id": tile_id, "prompt": prompt, "error": error} for (tile_id, prompt), error in outcomes.items()]
+        return pa.Table.from_pylist(rows, schema=OUTCOMES)
 
 
 def _objects(values: list[Any]) -> Any:

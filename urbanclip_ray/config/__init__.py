@@ -12,7 +12,6 @@ from urbanclip_ray.config.data import (
     IngestConfig,
     PackConfig,
     PixelsConfig,
-    RefineConfig,
     SplitConfig,
     SplitKind,
 )
@@ -26,6 +25,7 @@ from urbanclip_ray.config.evaluation import (
     Target,
 )
 from urbanclip_ray.config.labels import LabelsConfig, RasterConfig
+from urbanclip_ray.config.refinement import ConsistencyConfig, RefineConfig
 from urbanclip_ray.config.report import PromptsConfig, ReportConfig
 from urbanclip_ray.config.run import RunConfig
 from urbanclip_ray.config.search import Domain, TuneConfig
@@ -33,12 +33,15 @@ from urbanclip_ray.config.section import ConfigError, Section
 from urbanclip_ray.config.sources import (
     SOURCE_KINDS,
     FolderSource,
+    HuggingFaceSource,
     MetadataColumns,
+    PairsSource,
     RsicdSource,
     SceneSource,
     SlippySource,
     SourceConfig,
     UrbanClipSource,
+    WebDatasetSource,
     WorldSource,
 )
 from urbanclip_ray.config.stores import StoreConfig
@@ -52,16 +55,19 @@ __all__ = [
     "BaselinesConfig",
     "CaptionConfig",
     "ConfigError",
+    "ConsistencyConfig",
     "DecodingConfig",
     "Domain",
     "EmbedConfig",
     "Features",
     "FolderSource",
+    "HuggingFaceSource",
     "IngestConfig",
     "LabelsConfig",
     "MetadataColumns",
     "ModelConfig",
     "PackConfig",
+    "PairsSource",
     "PixelsConfig",
     "ProbeConfig",
     "PromptsConfig",
@@ -83,5 +89,6 @@ __all__ = [
     "TrainConfig",
     "TuneConfig",
     "UrbanClipSource",
+    "WebDatasetSource",
     "WorldSource",
 ]

@@ -54,7 +54,7 @@ class CaptionConfig(Section):
     decoding: DecodingConfig = DecodingConfig()
     device_map: str = execution("")  # empty: the whole model on the actor's one device; auto spreads it (needs accelerate)
     gpus_per_actor: float = execution(0.0, ge=0)
-    max_retries: int = execution(3, ge=0)  # of a task whose process died, before the stage gives up
+    max_attempts: int = execution(3, ge=1)  # at a tile whose failure may pass, or which ends the captioner's process
     cache_folder: str = execution("~/.cache/urbanclip_ray")  # of every node, for directories that are URIs
     tiles_per_batch: int = execution(64, ge=1)
     num_actors: int = execution(2, ge=1)

@@ -1,4 +1,4 @@
-"""From tiles to training rows: ingest, refinement, splits, packing."""
+"""From tiles to training rows: ingest, splits, packing."""
 
 from __future__ import annotations
 
@@ -27,20 +27,6 @@ class PixelsConfig(Section):
     crop_top_px: int = Field(default=0, ge=0)
     crop_right_px: int = Field(default=0, ge=0)
     crop_bottom_px: int = Field(default=0, ge=0)
-
-
-class RefineConfig(Section):
-    """Which sentences are kept."""
-
-    min_words: int = Field(default=3, ge=1)
-    max_words: int = Field(default=60, ge=1)
-    repeats: Literal["reject", "keep"] = "reject"  # a sentence that its tile already has
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.min_words > self.max_words:
-            raise ValueError("refine.min_words is above refine.max_words: lower one or raise the other")
-        return self
 
 
 class SplitConfig(Section):

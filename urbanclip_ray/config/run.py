@@ -8,9 +8,10 @@ from typing import Any, Self
 from pydantic import field_validator, model_validator
 
 from urbanclip_ray.config.captions import CaptionConfig
-from urbanclip_ray.config.data import IngestConfig, PackConfig, PixelsConfig, RefineConfig, SplitConfig
+from urbanclip_ray.config.data import IngestConfig, PackConfig, PixelsConfig, SplitConfig
 from urbanclip_ray.config.evaluation import BaselinesConfig, EmbedConfig, ProbeConfig
 from urbanclip_ray.config.labels import LabelsConfig
+from urbanclip_ray.config.refinement import RefineConfig
 from urbanclip_ray.config.report import PromptsConfig, ReportConfig
 from urbanclip_ray.config.search import TuneConfig, check_searched
 from urbanclip_ray.config.section import Section, execution

@@ -100,6 +100,30 @@ class UrbanClipSource(Section):
         return value
 
 
+class PairsSource(Section):
+    """Pairs that were exported, here or elsewhere: what the files of one format have in common."""
+
+    uri: str = execution("")
+    # A folder of one's own copy of the tiles, for pairs that came without pixels: joined by tile id, checked by sha256.
+    pixels: str = execution("")
+
+
+class WebDatasetSource(PairsSource):
+    """A folder of WebDataset shards: tar archives of KEY.jpg (or png, webp, tif), KEY.txt and KEY.json."""
+
+    kind: Literal["webdataset"] = "webdataset"
+
+
+class HuggingFaceSource(PairsSource):
+    """A Hugging Face dataset as a folder of Parquet files; nothing of it is executed."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    image_column: str = "image"
+    text_column: str = ""  # empty: the first of texts, text, captions, caption that there is
+    tile_id_column: str = "tile_id"  # where there is none, the file and the number of the row
+    region_column: str = "region"
+
+
 SOURCE_KINDS: dict[str, type[Section]] = {
     "folder": FolderSource,
     "scene": SceneSource,
@@ -107,7 +131,17 @@ SOURCE_KINDS: dict[str, type[Section]] = {
     "rsicd": RsicdSource,
     "world": WorldSource,
     "urbanclip": UrbanClipSource,
+    "webdataset": WebDatasetSource,
+    "huggingface": HuggingFaceSource,
 }
 SourceConfig = Annotated[
-    FolderSource | SceneSource | SlippySource | RsicdSource | WorldSource | UrbanClipSource, Field(discriminator="kind")
+    FolderSource
+    | SceneSource
+    | SlippySource
+    | RsicdSource
+    | WorldSource
+    | UrbanClipSource
+    | WebDatasetSource
+    | HuggingFaceSource,
+    Field(discriminator="kind"),
 ]

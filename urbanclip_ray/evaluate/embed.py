@@ -30,7 +30,7 @@ def embed_tiles(
     fresh random weights: the floor that pretraining must beat.
     """
     dataflow.connect()
-    rows = dataflow.read(tiles, ["tile_id", "image", "error"]).map_batches(
+    rows = dataflow.read(tiles, ["tile_id", "image", "error"], for_actors=True).map_batches(
         EmbedBatch,
         fn_constructor_kwargs={
             "weights_uri": weights_uri,
@@ -42,9 +42,9 @@ def embed_tiles(
         batch_size=config.tiles_per_batch,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.num_actors),
-        num_gpus=config.gpus_per_actor or None,
+        **dataflow.actor_options(config.gpus_per_actor),
     )
-    dataflow.write(rows, publication)
+    dataflow.write(rows, publication, from_actors=True)
     written = publication.read(["tile_id", "weights"])
     rows_in = tiles.manifest.rows_in
     publication.facts["weights"] = {"uri": weights_uri, "digest": written["weights"][0].as_py()}

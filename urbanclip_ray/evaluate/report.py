@@ -42,6 +42,8 @@ SOURCE_NAMES = {
     "rsicd": "RSICD (Lu et al. 2017)",
     "world": "the world demo (NASA Blue Marble, region scale)",
     "urbanclip": "the user's own, with UrbanCLIP's released captions and labels",
+    "webdataset": "WebDataset shards",
+    "huggingface": "a Hugging Face dataset",
 }
 CAPTIONER_NAMES = {
     "land_cover": "the rule-based baseline",

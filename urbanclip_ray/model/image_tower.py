@@ -46,6 +46,11 @@ def read_tower(uri: str) -> TowerFiles:
 
     Raises ConfigError where it is neither, or where a file holds anything but tensors.
     """
+    return tower_files(*read_model_files(uri))
+
+
+def read_model_files(uri: str) -> tuple[bytes, bytes, str]:
+    """The config and the weights behind a URI as :func:`read_tower` takes it, and the name of the file of weights."""
     uri = uri.removeprefix(LOCAL_DIR)
     architecture, _, file = uri.partition("@")
     if file and "/" not in architecture:
@@ -53,14 +58,14 @@ def read_tower(uri: str) -> TowerFiles:
         if found is None:
             raise ConfigError(f"{uri}: {architecture!r} is no model of open_clip; it has {', '.join(list_models())}")
         config = json.dumps({"model_cfg": found}).encode()
-        return _tower_files(config, _read(file, f"{uri} names"), file)
+        return config, _read(file, f"{uri} names"), file
     config_file = join(uri, CONFIG_FILE)
     config = _read(config_file, f"{uri} is not a folder of weights: it needs")
     try:
-        return _tower_files(config, read_bytes(join(uri, WEIGHTS_FILE)), join(uri, WEIGHTS_FILE))
+        return config, read_bytes(join(uri, WEIGHTS_FILE)), join(uri, WEIGHTS_FILE)
     except FileNotFoundError:
         file = join(uri, PICKLED_FILE)
-        return _tower_files(config, _read(file, f"{uri} is not a folder of weights: it needs {WEIGHTS_FILE} or"), file)
+        return config, _read(file, f"{uri} is not a folder of weights: it needs {WEIGHTS_FILE} or"), file
 
 
 def _read(uri: str, problem: str) -> bytes:
@@ -70,7 +75,8 @@ def _read(uri: str, problem: str) -> bytes:
         raise ConfigError(f"{problem} {uri}, which is not there") from None
 
 
-def _tower_files(config: bytes, weights: bytes, name: str) -> TowerFiles:
+def tower_files(config: bytes, weights: bytes, name: str) -> TowerFiles:
+    """The image tower in the files of a model; `name` is the file of weights, for errors and for its kind."""
     try:
         tree = json.loads(config)
         model, preprocess = tree["model_cfg"], tree.get("preprocess_cfg") or {}

@@ -1,17 +1,28 @@
-"""What a user points us at: folders, scenes, web map tiles, RSICD, UrbanCLIP's release, the world demo.
+"""What a user points us at: folders, scenes, web map tiles, RSICD, UrbanCLIP's release, exported pairs, the world demo.
 
 Each lists its tiles and reads one at a time.
 """
 
 from __future__ import annotations
 
-from urbanclip_ray.config import FolderSource, RsicdSource, SceneSource, SlippySource, SourceConfig, UrbanClipSource
+from urbanclip_ray.config import (
+    FolderSource,
+    HuggingFaceSource,
+    RsicdSource,
+    SceneSource,
+    SlippySource,
+    SourceConfig,
+    UrbanClipSource,
+    WebDatasetSource,
+)
 from urbanclip_ray.sources.base import Source, SourceError, TileRecord
 from urbanclip_ray.sources.folder import FolderTiles
+from urbanclip_ray.sources.huggingface import HuggingFaceTiles
 from urbanclip_ray.sources.rsicd import RsicdTiles
 from urbanclip_ray.sources.scene import SceneTiles
 from urbanclip_ray.sources.slippy import SlippyTiles
 from urbanclip_ray.sources.urbanclip import UrbanClipTiles
+from urbanclip_ray.sources.webdataset import WebDatasetTiles
 from urbanclip_ray.sources.world import WorldTiles
 
 __all__ = ["Source", "SourceError", "TileRecord", "open_source"]
@@ -29,4 +40,8 @@ def open_source(config: SourceConfig) -> Source:
         return RsicdTiles(config)
     if isinstance(config, UrbanClipSource):
         return UrbanClipTiles(config)
+    if isinstance(config, WebDatasetSource):
+        return WebDatasetTiles(config)
+    if isinstance(config, HuggingFaceSource):
+        return HuggingFaceTiles(config)
     return WorldTiles(config)

@@ -53,6 +53,9 @@ class Source(Protocol):
     def parts(self) -> pa.Table | None:
         """`tile_id`, `part` (train, val, test): the split that came with the data; None where there is none."""
 
+    def ignored(self) -> dict[str, int]:
+        """What lies there and is not read, counted by kind, for the manifest."""
+
 
 class Folder:
     """The files below a URI, by their paths relative to it. Pickles as its URI alone."""

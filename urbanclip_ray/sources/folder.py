@@ -82,8 +82,16 @@ class FolderTiles:
     def parts(self) -> pa.Table | None:
         return None
 
-    @cached_property
+    def ignored(self) -> dict[str, int]:
+        others = self._images_and_others[1]
+        return {"file that is no image": len(others)} if others else {}
+
+    @property
     def _images(self) -> list[str]:
+        return self._images_and_others[0]
+
+    @cached_property
+    def _images_and_others(self) -> tuple[list[str], list[str]]:
         images: list[str] = []
         others: list[str] = []
         for path in self._folder.listing:
@@ -98,7 +106,7 @@ class FolderTiles:
                 f"{self._config.uri} holds no image ({', '.join(IMAGE_EXTENSIONS)}) among its "
                 f"{len(self._folder.listing)} files: point source.uri at the folder of tiles"
             )
-        return images
+        return images, others
 
     def _identify(self, path: str) -> tuple[str, str]:
         """`(tile_id, region)` of an image; one that lies in the folder itself is of the region named as the folder."""

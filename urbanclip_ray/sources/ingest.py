@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from urbanclip_ray.storage import Dataset, Publication
 
 RECORDS = pa.schema([TILES.field(name) if name in TILES.names else pa.field(name, pa.string()) for name in TileRecord._fields])
 BATCHES_PER_FILE = 4  # about 10 MB of small JPEG tiles a file: enough files to spread, few enough to list
-READ_THREADS = 8  # a worker waits for object storage, not for its CPU
+READ_THREADS = 32  # of a worker: a small file on object storage is waited for (50 ms and more), not worked for
 NO_DATA = "no data"  # reason of windows of scenes with too little of it: they are counted, but nothing is broken about them
 NUM_EXAMPLES = 20  # how many tile ids a fact lists
 
@@ -50,30 +51,40 @@ def ingest_tiles(source: Source, config: IngestConfig, publication: Publication)
 
     Raises :class:`IngestError` when the share of unusable tiles is above `config.max_error_share`.
     """
-    records = source.tiles()
-    table = pa.Table.from_pylist([record._asdict() for record in records], schema=RECORDS)
+    records = as_table(source.tiles())
     rows_per_file = config.tiles_per_batch * BATCHES_PER_FILE
-    blocks = [table.slice(start, rows_per_file) for start in range(0, table.num_rows, rows_per_file)]
+    blocks = [records.slice(start, rows_per_file) for start in range(0, records.num_rows, rows_per_file)]
     dataflow.connect()
     check = partial(check_tiles, source=source, config=config)
     rows = dataflow.map_tables(ray.data.from_arrow(blocks), check, batch_size=config.tiles_per_batch)
     dataflow.write(rows, publication)
 
     written = publication.read(["tile_id", "region", "error"])
-    if written.num_rows != len(records):
-        raise AssertionError(f"{len(records)} tiles listed, {written.num_rows} written")
-    errors = {row["tile_id"]: row["error"] for row in written.to_pylist() if row["error"] is not None}
+    if written.num_rows != records.num_rows:
+        raise AssertionError(f"{records.num_rows} tiles listed, {written.num_rows} written")
+    failed = written.filter(pc.is_valid(written["error"]))
+    errors = dict(zip(failed["tile_id"].to_pylist(), failed["error"].to_pylist(), strict=True))
     _refuse_many_errors(errors, records, config.max_error_share)
     rejects = Counter(error.partition(":")[0] for error in errors.values())
-    publication.count(unit="tiles", rows_in=len(records), rows_out=len(records) - len(errors), rejects=dict(rejects))
-    publication.facts["regions"] = dict(sorted(Counter(written["region"].to_pylist()).items()))
+    num_good = records.num_rows - len(errors)
+    publication.count(unit="tiles", rows_in=records.num_rows, rows_out=num_good, rejects=dict(rejects))
+    regions = pc.value_counts(written["region"])
+    publication.facts["regions"] = dict(sorted((item["values"].as_py(), item["counts"].as_py()) for item in regions))
+    if ignored := source.ignored():
+        publication.facts["ignored"] = ignored
+
+
+def as_table(records: Sequence[TileRecord]) -> pa.Table:
+    """`RECORDS`, column by column: a dict for every tile would be most of the driver's memory."""
+    columns = [pa.array([record[at] for record in records], field.type) for at, field in enumerate(RECORDS)]
+    return pa.table(columns, schema=RECORDS)
 
 
 def check_tiles(records: pa.Table, source: Source, config: IngestConfig) -> pa.Table:
-    """A batch of records as rows of the `tiles` dataset."""
+    """A batch of records as rows of the `tiles` dataset: no more than a batch is read ahead of what is checked."""
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        contents = list(pool.map(partial(_read, source), records["location"].to_pylist()))
-    checked = [content if isinstance(content, CheckedImage) else _check(content, config) for content in contents]
+        contents = pool.map(partial(_read, source), records["location"].to_pylist())
+        checked = [content if isinstance(content, CheckedImage) else _check(content, config) for content in contents]
     columns = {name: records[name].combine_chunks() for name in records.column_names if name != "location"}
     columns |= {name: [getattr(item, name) for item in checked] for name in CheckedImage._fields}
     return dataflow.conform(columns, TILES)
@@ -99,20 +110,21 @@ def _check(data: bytes, config: IngestConfig) -> CheckedImage:
     return CheckedImage(data, sha256, image.width, image.height)
 
 
-def _refuse_many_errors(errors: dict[str, str], records: list[TileRecord], max_error_share: float) -> None:
-    if errors.keys() == {record.tile_id for record in records} and all(map(_lacks_data, errors.values())):
+def _refuse_many_errors(errors: dict[str, str], records: pa.Table, max_error_share: float) -> None:
+    if len(errors) == records.num_rows and all(map(_lacks_data, errors.values())):
         raise IngestError(
-            f"none of {len(records)} tiles has enough data ({next(iter(errors.values()))}): raise source.max_nodata_share, or "
+            f"none of {len(errors)} tiles has enough data ({next(iter(errors.values()))}): raise source.max_nodata_share, or "
             "correct the value that the scene declares as no data"
         )
     broken = {tile_id: error for tile_id, error in errors.items() if not _lacks_data(error)}
-    share = len(broken) / len(records)
+    share = len(broken) / records.num_rows
     if share <= max_error_share:
         return
-    bad = [f"{record.location} ({broken[record.tile_id]})" for record in records if record.tile_id in broken]
+    first = records.filter(pc.is_in(records["tile_id"], value_set=pa.array(list(broken), pa.string()))).slice(0, 5).to_pylist()
+    bad = "; ".join(f"{record['location']} ({broken[record['tile_id']]})" for record in first)
     raise IngestError(
-        f"{len(bad)} of {len(records)} tiles cannot be used, a share of {share:.3g} where ingest.max_error_share is "
-        f"{max_error_share:g}. The first: {'; '.join(bad[:5])}. Repair or remove these files, or accept them as error "
+        f"{len(broken)} of {records.num_rows} tiles cannot be used, a share of {share:.3g} where ingest.max_error_share is "
+        f"{max_error_share:g}. The first: {bad}. Repair or remove these files, or accept them as error "
         f"rows with --set ingest.max_error_share={min(1.0, share + 0.001):.3f}"
     )
 

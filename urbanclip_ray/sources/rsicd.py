@@ -63,6 +63,9 @@ class RsicdTiles:
     def parts(self) -> pa.Table | None:
         return _text_table("part", [(entry.tile_id, entry.part) for entry in self._entries])
 
+    def ignored(self) -> dict[str, int]:
+        return {}
+
     @cached_property
     def _captions_bytes(self) -> bytes:
         try:

@@ -95,6 +95,9 @@ class SceneTiles:
     def parts(self) -> pa.Table | None:
         return None
 
+    def ignored(self) -> dict[str, int]:
+        return {}
+
     @cached_property
     def _folder(self) -> Folder:
         uri = self._config.uri.rstrip("/")

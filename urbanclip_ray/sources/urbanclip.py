@@ -105,6 +105,9 @@ class UrbanClipTiles:
     def parts(self) -> pa.Table | None:
         return None  # no split was released
 
+    def ignored(self) -> dict[str, int]:
+        return {}
+
     def _images(self, city: str) -> list[str]:
         folder = [path for path in self._folder.listing if path.startswith(f"{city}/") and "/." not in path]
         images = [path for path in folder if path.lower().endswith(IMAGE_EXTENSIONS)]

@@ -100,6 +100,9 @@ class WorldTiles:
     def parts(self) -> pa.Table | None:
         return None
 
+    def ignored(self) -> dict[str, int]:
+        return {}
+
     def _corners(self) -> list[tuple[int, int]]:
         """Upper left pixels of the tiles with enough land, wholly within the latitudes asked for."""
         config = self._config

@@ -129,8 +129,8 @@ def test_a_captioner_whose_process_keeps_dying_stops_the_stage(tiles, tmp_path, 
             os._exit(1)
 
     monkeypatch.setattr(caption_module, "CaptionBatch", Dying)
-    config = CaptionConfig(num_actors=1, max_retries=1)
-    with pytest.raises(CaptionError, match=r"died more than caption\.max_retries=1 times.*run the same command again"):
+    config = CaptionConfig(num_actors=1, max_attempts=2)
+    with pytest.raises(CaptionError, match=r"process died, caption\.max_attempts=2 times.*run the same command again"):
         caption(tiles, tmp_path / "c", config)
     assert len(lives.read_text()) <= 4  # two files, each tried twice: not for ever
     with pytest.raises(MissingDatasetError):

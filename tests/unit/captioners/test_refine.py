@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from urbanclip_ray.captioners.refine import refine_captions, refine_sentences
+from urbanclip_ray.captioners.refine import CONFIG_ALONE, RefineWork, place_of, refine_captions, refine_sentences
+from urbanclip_ray.captioners.rules import Rules, load_rules
+from urbanclip_ray.captioners.sentence_checks import Place
 from urbanclip_ray.config import RefineConfig
-from urbanclip_ray.schema import CAPTIONS, PAIRS
+from urbanclip_ray.schema import CAPTIONS, PAIRS, TILES
 from urbanclip_ray.storage import open_dataset, publish
 
 DEFAULT = RefineConfig()
@@ -74,9 +76,9 @@ def publish_captions(uri, files):
     return open_dataset(uri)
 
 
-def refine(captions, uri, config=DEFAULT):
+def refine(captions, uri, config=DEFAULT, work=CONFIG_ALONE):
     with publish(uri, "pairs", config.content(), {"captions": captions}) as publication:
-        refine_captions(captions, config, publication)
+        refine_captions(captions, config, publication, work)
     return open_dataset(uri)
 
 
@@ -109,3 +111,56 @@ def test_a_tile_spread_over_two_files_is_not_refined_in_halves(tmp_path, ray_clu
     captions = publish_captions(str(tmp_path / "captions"), [[("r/a", "A wide river.", None)], [("r/a", "A lake.", None)]])
     with pytest.raises(AssertionError, match="spread over several files"):
         refine(captions, str(tmp_path / "pairs"))
+
+
+def test_what_is_not_switched_on_takes_no_part_in_digests():
+    assert RefineConfig().content() == {"min_words": 3, "max_words": 60, "repeats": "reject"}
+    assert RefineConfig(rules_file="elsewhere.yaml").content() == RefineConfig().content()
+    changed = {"rules": ("mood",), "language": "fr", "max_tiles_per_sentence": 5}
+    for key, value in changed.items():
+        assert RefineConfig(**{key: value}).content() != RefineConfig().content()
+    scored = [RefineConfig(consistency={"weights": uri}).content() for uri in ("here", "there")]
+    assert scored[0] == scored[1]
+    assert scored[0] != RefineConfig(consistency={"weights": "here", "top_share": 0.5}).content()
+
+
+def test_near_duplicates_need_a_limit_to_count_for():
+    with pytest.raises(ValueError, match=r"refine\.max_tiles_per_sentence: set that, too"):
+        RefineConfig(near_duplicates=0.7)
+
+
+def test_rules_hold_each_sentence_against_its_own_tile(tmp_path, ray_cluster):
+    text = "A wide river near many houses. There are several cars near the houses. A dense part of Shanghai with trees."
+    captions = publish_captions(str(tmp_path / "captions"), [[("r/far", text, None)], [("r/near", text, None)]])
+    coarse = {"tile_id": "r/far", "lon": 116.4, "lat": 39.9, "west": 116.395, "east": 116.405, "width": 256}
+    fine = {"tile_id": "r/near", "lon": 121.4, "lat": 31.2, "west": 121.3999, "east": 121.4001, "width": 256}
+    with publish(str(tmp_path / "tiles"), "tiles", {}, {}) as publication:
+        rows = [tile | {"region": "r", "scheme": "none"} for tile in (coarse, fine)]
+        publication.write_table(pa.Table.from_pylist(rows, schema=TILES))
+    work = RefineWork(open_dataset(str(tmp_path / "tiles")), Rules(load_rules(""), ("all",), "en"))
+    dataset = refine(captions, str(tmp_path / "pairs"), RefineConfig(rules=("all",)), work)
+    rows = {row["tile_id"]: row for row in dataset.read().to_pylist()}
+    assert rows["r/near"]["rejected"] == []
+    assert [item["reason"] for item in rows["r/far"]["rejected"]] == ["too small to be seen", "another place"]
+    assert dataset.manifest.rejects == {"another place": 1, "too small to be seen": 1}
+
+
+def test_a_tile_s_scale_follows_from_its_footprint():
+    tile = {"tile_id": "r/a", "region": "r", "lon": 0.0, "lat": 60.0, "west": -0.005, "east": 0.005, "width": 100}
+    place = place_of(tile)
+    assert place.side_m == pytest.approx(558, abs=1)  # half of a hundredth of a degree on the equator
+    assert place.m_per_px == pytest.approx(5.58, abs=0.01)
+    assert place_of(tile | {"west": None}) == Place("r", 0.0, 60.0)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_sentence_of_too_many_tiles_is_rejected_in_all_of_them(tmp_path, ray_cluster, order):
+    tiles = [(f"r/{at}", f"A large city with houses. The tile number {at} is here.", None) for at in range(6)][::order]
+    captions = publish_captions(str(tmp_path / "captions"), [tiles[:2], tiles[2:]])
+    dataset = refine(captions, str(tmp_path / "five"), RefineConfig(max_tiles_per_sentence=5))
+    assert dataset.manifest.rejects == {"in too many tiles": 6}
+    assert sorted(row["texts"] for row in dataset.read().to_pylist()) == [[f"The tile number {at} is here."] for at in range(6)]
+    assert dataset.manifest.facts["sentences_in_too_many_tiles"] == 1
+    assert refine(captions, str(tmp_path / "six"), RefineConfig(max_tiles_per_sentence=6)).manifest.rejects == {}
+    near = RefineConfig(max_tiles_per_sentence=5, near_duplicates=0.3)
+    assert refine(captions, str(tmp_path / "near"), near).manifest.rejects == {"in too many tiles": 12}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pyarrow as pa
 import pytest
 
-from urbanclip_ray.captioners.prompts import describe_metadata, prompts_of, two_digits
+from urbanclip_ray.captioners.prompts import FilledPrompt, describe_metadata, fill_prompts, prompts_of, two_digits
 from urbanclip_ray.config import CaptionConfig, PixelsConfig
 from urbanclip_ray.config.prompts import PromptFieldError
 
@@ -49,6 +50,21 @@ def test_a_tile_is_asked_every_prompt_and_one_that_cannot_be_filled_is_an_error_
     first, second = prompts_of(NOWHERE, config, WHOLE)
     assert isinstance(first, PromptFieldError)
     assert isinstance(second, PromptFieldError)
+
+
+def test_the_prompts_of_many_tiles_are_listed_once_and_found_by_place():
+    own = {"where": "Where in {city}?", "size": "Is it {width_m} m?"}
+    config = CaptionConfig(captioner="transformers", model="m", prompts=("where", "size"), templates=own)
+    tiles = pa.Table.from_pylist([BASEL, NOWHERE, BASEL | {"region": "Bern"}, BASEL])
+    prompts, places = fill_prompts(tiles, config, WHOLE)
+    found = [[prompts[place] for place in row] for row in places]
+    assert found[0] == found[3] == [FilledPrompt("Where in Basel?"), FilledPrompt("Is it 410 m?")]
+    assert found[2] == [FilledPrompt("Where in Bern?"), FilledPrompt("Is it 410 m?")]
+    assert [prompt.text for prompt in found[1]] == list(config.asked())
+    assert all("is not known of the tile" in prompt.reason for prompt in found[1])
+    assert len(prompts) == len(set(prompts)) == 5
+    plain, places = fill_prompts(tiles.select([]), CaptionConfig(captioner="transformers", model="m", prompt="{x}"), WHOLE)
+    assert (plain, places.tolist()) == ([FilledPrompt("{x}")], [[0]] * 4)
 
 
 def test_a_plain_prompt_is_no_template():

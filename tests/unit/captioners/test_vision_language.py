@@ -7,6 +7,7 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from urbanclip_ray.captioners.base import Tile, UnusableCaptionerError
@@ -113,6 +114,23 @@ def test_a_tile_that_the_model_fails_on_is_one_error_and_the_rest_of_its_batch_i
     assert isinstance(error, GenerationError)
     assert str(error).startswith("the model failed: ValueError absolute aspect ratio")
     assert [*before, last] == model.describe(TILES)
+
+
+def test_what_ran_out_of_memory_is_not_tried_at_that_size_again(captioner, monkeypatch):
+    model = captioner("qwen2_vl")
+    expected, sizes, generate = model.describe(TILES), [], model._generate
+
+    def generate_in_little_memory(images):
+        sizes.append(len(images))
+        if len(images) > 1:
+            raise torch.OutOfMemoryError("this card is small")
+        return generate(images)
+
+    monkeypatch.setattr(model, "_generate", generate_in_little_memory)
+    assert model.describe(TILES) == expected
+    assert sizes == [4, 2, 1, 1, 1, 1]
+    assert model.describe(TILES) == expected
+    assert sizes[6:] == [1] * 4
 
 
 def test_margins_are_cut_before_the_model_sees_the_tile(captioner):

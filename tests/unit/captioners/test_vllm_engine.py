@@ -12,13 +12,16 @@ import pytest
 from PIL import Image
 
 from urbanclip_ray.captioners import vllm_engine
-from urbanclip_ray.captioners.base import Tile, UnusableCaptionerError
+from urbanclip_ray.captioners.base import UnusableCaptionerError
+from urbanclip_ray.captioners.caption import CaptionWork, caption_tiles
 from urbanclip_ray.captioners.model_files import ModelReference, resolve_model
-from urbanclip_ray.captioners.store import CaptionStore, StoredCaption
+from urbanclip_ray.captioners.plan import plan_captions
+from urbanclip_ray.captioners.store import CaptionStore
 from urbanclip_ray.config import CaptionConfig, ConfigError, PixelsConfig
+from urbanclip_ray.schema import TILES
+from urbanclip_ray.storage import Dataset, open_dataset, publish
 
 WHOLE = PixelsConfig()
-NOTHING_KNOWN = dict.fromkeys(("width", "west", "south", "east", "north"))
 HUB = ModelReference("owner/name", "c0ffee", "owner/name", is_hub=True)
 
 
@@ -73,40 +76,44 @@ def test_without_vllm_the_extra_is_named():
     ],
 )
 def test_a_row_of_the_engine_is_read(row, text, error):
-    row = {"sha256": "ab", "asked": "what?", "sample": np.int64(1), "prompt": "<user>", "metrics": None} | row
+    row = {"tile_id": "r/a", "sha256": "ab", "asked": "what?", "sample": np.int64(1), "prompt": "<user>", "metrics": None} | row
     answer = vllm_engine.read_answer(row)
-    assert set(answer) == {"sha256", "asked", "sample", "text", "error"}
+    assert set(answer) == {"tile_id", "sha256", "asked", "sample", "text", "error"}
     assert (answer["sha256"], answer["asked"], answer["sample"], answer["text"]) == ("ab", "what?", 1, text)
     assert answer["error"] is None if error is None else answer["error"].startswith(error)
     if error is None:
         assert vllm_engine.read_answer(answer) == answer  # Ray's processor has read it already
 
 
-def test_questions_are_what_the_store_lacks_and_answers_go_there(tmp_path):
-    config = make_config(prompts=("roads", "mine"), templates={"mine": "Trees?"})
-    roads, trees = config.asked()
-    roads = "Describe the roads and other transport in this satellite image in a few sentences."
+def test_answers_go_to_the_store_of_their_prompt_and_what_failed_is_an_outcome_with_its_reason(tmp_path):
+    config = make_config()
 
     def store_of(prompt: str) -> CaptionStore:
-        store = CaptionStore(str(tmp_path), vllm_engine.origin_of(config, HUB, prompt))
-        store.refresh()
-        return store
+        return CaptionStore(str(tmp_path), vllm_engine.origin_of(config, HUB, prompt))
 
-    store_of(trees).add([StoredCaption("a", 0, "There are trees.")])
-    rows = [{"sha256": name, "image": name.encode(), "error": None, "region": "r", **NOTHING_KNOWN} for name in ("a", "b")]
-    rows.append(rows[0] | {"sha256": None, "error": "zero bytes"})
-    batch = pa.Table.from_pylist(rows)
-    missing = vllm_engine.MissingQuestions(config, WHOLE, store_of)(batch).to_pylist()
-    assert [(row["sha256"], row["asked"]) for row in missing] == [("a", roads), ("b", roads), ("b", trees)]
+    commit = vllm_engine.Commit(store_of, "job")
 
-    answers = [row | {"sample": 0, "text": f"{row['sha256']}: {row['asked']}", "error": None} for row in missing]
-    answers[1] |= {"text": None, "error": "the model failed: x"}
-    failed = vllm_engine.Commit(store_of)(pa.Table.from_pylist(answers)).to_pylist()
-    assert failed == [{"sha256": "b", "asked": roads, "error": "the model failed: x"}]
-    assert store_of(roads).find("a", 1) == [f"a: {roads}"]
-    assert store_of(roads).find("b", 1) is None
-    assert store_of(trees).find("b", 1) == ["b: Trees?"]
-    assert vllm_engine.MissingQuestions(config, WHOLE, store_of)(batch).num_rows == 1
+    def answer(name: str, asked: str, sample: int, error: str | None = None) -> dict:
+        text = None if error else f"{name}: {asked} {sample}"
+        return {"tile_id": f"r/{name}", "sha256": name, "asked": asked, "sample": sample, "text": text, "error": error}
+
+    batch = [answer(name, "roads?", sample) for name, sample in (("a", 0), ("a", 1), ("b", 0))]
+    batch += [answer("b", "roads?", 1, "failed: x")]
+    batch += [answer("a", "trees?", 0), answer("c", "trees?", 1)]  # its first sample is in another batch
+    outcomes = commit(pa.Table.from_pylist(batch))
+    assert outcomes.schema == vllm_engine.OUTCOMES
+    assert {(row["tile_id"], row["prompt"]): row["error"] for row in outcomes.to_pylist()} == {
+        ("r/a", "roads?"): None,
+        ("r/b", "roads?"): "failed: x",
+        ("r/a", "trees?"): None,
+    }
+    assert commit(pa.Table.from_pylist(batch)).equals(outcomes)  # a task that is run again
+    texts = store_of("roads?").texts_of(pa.array(["a", "b"]), 2).to_pylist()
+    assert texts == ["a: roads? 0", "a: roads? 1", "b: roads? 0", None]
+    assert store_of("trees?").texts_of(pa.array(["a", "c"]), 2).to_pylist() == ["a: trees? 0", None, None, "c: trees? 1"]
+    (failed,) = store_of("roads?").read_failed().to_pylist()
+    assert (failed["tile_id"], failed["reason"], failed["num_attempts"]) == ("r/b", "failed: x", 1)
+    assert [len(store_of(prompt).folder.parts()) for prompt in ("roads?", "trees?")] == [1, 1]
 
 
 def stand_in():
@@ -140,6 +147,7 @@ def test_rows_pass_through_ray_s_processor_with_images_errors_and_samples(vision
         templates={"what": "What is it?", "fail": "fail"},
         decoding={"max_new_tokens": 7, "temperature": 1.0, "num_samples": 2, "seed": 3},
         tiles_per_batch=2,
+        max_error_share=1.0,
     )
     reference = resolve_model(config)
 
@@ -152,29 +160,37 @@ def test_rows_pass_through_ray_s_processor_with_images_errors_and_samples(vision
 
     monkeypatch.setattr(vllm_engine, "build_engine", build)
 
-    def store_of(prompt: str) -> CaptionStore:
-        store = CaptionStore(str(tmp_path / "store"), vllm_engine.origin_of(config, reference, prompt))
-        store.refresh()
-        return store
-
-    import ray.data
-
-    images = [png(0), png(1), b"no image"]
-    hashes = [hashlib.sha256(image).hexdigest() for image in images]
     rows = [
-        {"tile_id": str(number), "sha256": sha256, "image": image, "error": None, "region": "r", **NOTHING_KNOWN}
-        for number, (sha256, image) in enumerate(zip(hashes, images, strict=True))
+        {"tile_id": f"r/{n}", "region": "r", "scheme": "none", "sha256": hashlib.sha256(image).hexdigest(), "image": image}
+        for n, image in enumerate([png(0), png(1), b"no image", png(0)])
     ]
-    errors = vllm_engine.fill_store(ray.data.from_arrow(pa.Table.from_pylist(rows)), config, reference, WHOLE, store_of)
+    with publish(str(tmp_path / "tiles"), "tiles", {}, {}) as publication:
+        publication.write_table(pa.Table.from_pylist(rows, schema=TILES))
+        publication.count(unit="tiles", rows_in=4, rows_out=4, rejects={})
+    tiles = open_dataset(str(tmp_path / "tiles"))
+    work = CaptionWork(tiles, config, WHOLE, None, reference, str(tmp_path / "store"))
+
+    def caption(name: str) -> Dataset:
+        with publish(str(tmp_path / name), "captions", {}, {"tiles": tiles}) as publication:
+            caption_tiles(work, publication)
+        return open_dataset(str(tmp_path / name))
+
     image = "<|vision_start|><|image_pad|><|vision_end|>"
     head = f"(64, 60) <|im_start|>user\n{image}What is it?<|im_end|>\n<|im_start|>assistant\n 7 "
-    for sha256 in hashes[:2]:
-        assert store_of("What is it?").find(sha256, 2) == [head + "3", head + "4"]
-    assert set(errors) == {*((sha256, "fail") for sha256 in hashes), (hashes[2], "What is it?")}
-    assert errors[hashes[0], "fail"] == "the model failed: ValueError: as told"
-    assert errors[hashes[2], "What is it?"].startswith("not an image")
-    lost = vllm_engine.FilledCaptioner(errors).describe([Tile("0", images[0], WHOLE, "fail"), Tile("1", images[1], WHOLE, "?")])
-    assert [str(error) for error in lost] == ["the model failed: ValueError: as told", "the model failed: no answer came"]
+    told = "the model failed: ValueError: as told"
+    first = caption("first")
+    found: dict[str, list[str]] = {}
+    for row in first.read().to_pylist():
+        found.setdefault(row["tile_id"], []).append(row["text"] or row["error"])
+    assert list(found) == ["r/0", "r/1", "r/2", "r/3"]
+    assert found["r/0"] == found["r/1"] == found["r/3"] == [head + "3", head + "4", told]
+    assert all(error.startswith("not an image") for error in found["r/2"])
+    assert first.manifest.facts["captions"] == {"given": 0, "from_store": 0, "generated": 6}
+    again = caption("again")
+    assert again.manifest.facts["captions"] == {"given": 0, "from_store": 6, "generated": 0}
+    assert again.read() == first.read()
+    plan = plan_captions(work)
+    assert (plan.num_captions, plan.num_stored, plan.seconds_per_caption) == (12, 4, None)
 
 
 def test_a_model_without_a_chat_template_is_refused(vision_language_models, tmp_path):

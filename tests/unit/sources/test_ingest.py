@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import threading
 
+import boto3
 import numpy as np
 import pyarrow as pa
 import pytest
+from moto.server import DomainDispatcherApplication, create_backend_app
 from PIL import Image
+from werkzeug.serving import make_server
 
 from urbanclip_ray.config import FolderSource, IngestConfig
 from urbanclip_ray.imagery import TileImageError
 from urbanclip_ray.schema import TILES, labels_schema
 from urbanclip_ray.sources import SourceError, TileRecord, open_source
-from urbanclip_ray.sources.ingest import IngestError, check_tiles, collect_labels, ingest_tiles
+from urbanclip_ray.sources.ingest import READ_THREADS, IngestError, as_table, check_tiles, collect_labels, ingest_tiles
 from urbanclip_ray.storage import MissingDatasetError, open_dataset, publish
 
 SMALL_BATCHES = 2  # several blocks and files even from a dozen tiles
@@ -66,7 +70,13 @@ def test_every_tile_is_a_row_and_bad_ones_say_why(folder, tmp_path, ray_cluster)
     manifest = dataset.manifest
     assert (manifest.unit, manifest.rows_in, manifest.rows_out) == ("tiles", 12, 10)
     assert manifest.rejects == {"truncated or damaged": 1, "zero bytes": 1}
-    assert manifest.facts["regions"] == {"paris": 6, "rome": 6}
+    assert manifest.facts == {"regions": {"paris": 6, "rome": 6}}
+
+
+def test_files_that_are_not_read_are_counted_in_the_manifest(folder, tmp_path, ray_cluster):
+    (folder / "paris/tile.pickle").write_bytes(b"x")
+    dataset = ingest(folder, str(tmp_path / "out"), max_error_share=0.2)
+    assert dataset.manifest.facts["ignored"] == {"file that is no image": 1}
 
 
 def test_too_many_bad_tiles_stop_the_stage_and_leave_nothing(folder, tmp_path, ray_cluster):
@@ -109,6 +119,56 @@ def test_failed_reads_and_limits_become_errors_without_file_names_in_the_reason(
         None,
     ]
     assert [row["image"] is None for row in rows] == [True, True, True, False, False, False]
+
+
+class CountedServer:
+    """moto's S3 behind a gate that lets requests for objects through only when `num_together` of them wait there."""
+
+    def __init__(self, num_together):
+        self._app = DomainDispatcherApplication(create_backend_app)
+        self._gate = threading.Barrier(num_together, timeout=60)
+        self._lock = threading.Lock()
+        self._in_flight = self.most_in_flight = 0
+        self.is_counting = False
+        self.server = make_server("127.0.0.1", 0, self, threaded=True)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def __call__(self, environ, start_response):
+        if not (self.is_counting and environ["REQUEST_METHOD"] == "GET"):
+            return self._app(environ, start_response)
+        with self._lock:
+            self._in_flight += 1
+            self.most_in_flight = max(self.most_in_flight, self._in_flight)
+        self._gate.wait()  # a reader that waits for each file before it asks for the next one stays here: the gate breaks
+        with self._lock:
+            self._in_flight -= 1
+        return self._app(environ, start_response)
+
+
+def test_small_files_on_object_storage_are_waited_for_together(monkeypatch):
+    num_together, num_files = 16, 64
+    counted = CountedServer(num_together)
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{counted.server.server_port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    try:
+        s3 = boto3.client("s3")
+        s3.create_bucket(Bucket="many")
+        for number in range(num_files):
+            s3.put_object(Bucket="many", Key=f"city/paris/{number:03d}.jpg", Body=jpeg(number))
+        source = open_source(FolderSource(uri="s3://many/city"))
+        records = as_table(source.tiles())
+        counted.is_counting = True
+        rows = check_tiles(records, source, IngestConfig()).to_pylist()
+    finally:
+        counted.server.shutdown()
+    assert [row["image"] for row in rows] == [jpeg(number) for number in range(num_files)]  # in order, whoever came first
+    assert num_together <= counted.most_in_flight <= READ_THREADS
 
 
 def publish_tiles(uri, tile_ids):
