@@ -214,6 +214,13 @@ def test_a_stage_s_parents_are_found_or_the_job_to_run_first_is_named(config, ma
     }
 
 
+def test_pairs_are_made_anew_when_sentences_end_elsewhere(config, made, monkeypatch):
+    rerun(config, made)
+    assert rerun(config, made) == []
+    monkeypatch.setattr("urbanclip_ray.captioners.sentences.SPLITTER_VERSION", "another")
+    assert "pairs" in rerun(config, made)
+
+
 def test_pairs_are_made_of_tiles_where_sentences_are_held_against_them(config, made):
     by_name = {stage.name: stage for stage in plan.stages_of(config)}
     assert by_name["pairs"].parents == ("captions",)

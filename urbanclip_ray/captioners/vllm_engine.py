@@ -96,7 +96,13 @@ def build_processor(config: CaptionConfig, reference: ModelReference) -> Any:
     """The processor itself, which Ray can build where vLLM is missing."""
     from ray.data import llm
 
-    return llm.build_processor(llm.vLLMEngineProcessorConfig(**engine_settings(config, reference)), postprocess=read_answer)
+    from urbanclip_ray.dataflow import CPUS_BESIDE_ACTORS
+
+    beside = {"num_cpus": CPUS_BESIDE_ACTORS}
+    settings = llm.vLLMEngineProcessorConfig(**engine_settings(config, reference))
+    return llm.build_processor(
+        settings, postprocess=read_answer, preprocess_map_kwargs=beside, postprocess_map_kwargs=dict(beside)
+    )
 
 
 class QuestionWriter:

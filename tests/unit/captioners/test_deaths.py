@@ -94,6 +94,55 @@ def test_one_tile_that_kills_its_process_is_a_row_and_all_others_are_described_o
     assert len(said.read_text().split()) == NUM_TILES
 
 
+def test_several_prompts_load_a_model_once_in_an_actor_and_a_tile_may_fail_at_one_of_them(tiles, tmp_path, monkeypatch):
+    loads, culprit = tmp_path / "loads", f"r/{CULPRIT}"
+
+    class Asked:
+        def __init__(self):
+            with loads.open("a") as file:
+                file.write(f"{os.getpid()}\n")
+
+        def describe(self, tiles):
+            if any((tile.tile_id, tile.prompt) == (culprit, "Roads?") for tile in tiles):
+                os._exit(1)
+            return [[f"{tile.tile_id}: {tile.prompt}"] for tile in tiles]
+
+    describe_with(monkeypatch, Asked)
+    keys = {"prompts": ("roads", "trees"), "templates": {"roads": "Roads?", "trees": "Trees in {city}?"}}
+    work = make_work(tiles, tmp_path, **keys)
+    dataset = caption(work, tmp_path / "captions")
+    rows = dataset.read().to_pylist()
+    assert [(row["tile_id"], row["prompt"]) for row in rows] == [
+        (f"r/{number}", prompt) for number in range(NUM_TILES) for prompt in ("Roads?", "Trees in r?")
+    ]
+    bad = rows.pop(2 * CULPRIT)
+    assert (bad["text"], bad["error"]) == (None, "the captioner's process died on it 2 times")
+    assert all(row["text"] == f"{row['tile_id']}: {row['prompt']}" for row in rows)
+    pids = loads.read_text().split()
+    assert len(pids) == len(set(pids)) == 5  # and a process died four times: on groups of 4 and 2, and twice on the tile alone
+    assert not list((tmp_path / "caption_store").glob("*/attempts/*"))
+
+    wider = make_work(tiles, tmp_path, prompts=("trees", "more", "roads"), templates=keys["templates"] | {"more": "More?"})
+    again = caption(wider, tmp_path / "again")
+    # the tile dies at one prompt once more, and nothing that is stored is asked again
+    assert again.manifest.facts["captions"] == {"given": 0, "from_store": 2 * NUM_TILES - 1, "generated": NUM_TILES}
+
+
+def test_prompts_that_cannot_be_filled_are_rows_or_stop_the_job_before_anything_is_generated(tiles, tmp_path, monkeypatch):
+    said = tmp_path / "said"
+    describe_with(monkeypatch, saying(said, "none"))
+    keys = {"prompts": ("size", "roads"), "templates": {"size": "Is it {width_m} m?", "roads": "Roads?"}}
+    with pytest.raises(CaptionError, match=r"12 of 24 questions about tiles cannot be asked.*\{width_m\}, which is not known"):
+        caption(make_work(tiles, tmp_path, **keys), tmp_path / "captions")
+    assert not said.exists()
+    dataset = caption(make_work(tiles, tmp_path, max_error_share=0.5, **keys), tmp_path / "captions")
+    first, second = dataset.read().to_pylist()[:2]
+    assert (first["prompt"], first["text"]) == ("Is it {width_m} m?", None)
+    assert first["error"].startswith("the prompt needs {width_m}")
+    assert (second["prompt"], second["text"]) == ("Roads?", "This is r/0.")
+    assert list(dataset.manifest.rejects.values()) == [NUM_TILES]
+
+
 def test_a_captioner_that_fails_at_everything_stops_the_job_before_all_is_tried_and_keeps_what_there_is(
     tiles, tmp_path, monkeypatch
 ):
