@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -29,6 +29,7 @@ CONNECT_TIMEOUT_S = 10.0
 # them wait for ever: Ray Data starts actors first. So actors on CPUs leave a little, and such tasks take a little.
 ACTOR_CPUS = 0.8
 CPUS_BESIDE_ACTORS = 0.1
+ROWS_PER_READ = 256  # tiles are some tens of kilobytes
 
 
 class ClusterError(UserError, RuntimeError):
@@ -92,11 +93,29 @@ def log_folder() -> str:
     return str(node.get_logs_dir_path()) if node else "/tmp/ray/session_latest/logs"  # noqa: S108 Ray's own default
 
 
-def read(dataset: Dataset, columns: list[str] | None = None, *, for_actors: bool = False) -> ray.data.Dataset:
-    """The rows of a finished dataset, exactly the files that its manifest names; `for_actors` where actors take them."""
+def read(dataset: Dataset, columns: list[str] | None = None) -> ray.data.Dataset:
+    """The rows of a finished dataset, exactly the files that its manifest names."""
     filesystem, _ = resolve(dataset.uri)
-    options = {"num_cpus": CPUS_BESIDE_ACTORS} if for_actors else {}
-    return ray.data.read_parquet(dataset.parquet_paths(), filesystem=filesystem, columns=columns, partitioning=None, **options)
+    return ray.data.read_parquet(dataset.parquet_paths(), filesystem=filesystem, columns=columns, partitioning=None)
+
+
+def read_for_actors(dataset: Dataset, columns: list[str]) -> ray.data.Dataset:
+    """The same rows where actors take them, by tasks that find room beside those.
+
+    Ray's own reader lists files with a whole CPU.
+    """
+    filesystem, _ = resolve(dataset.uri)
+
+    def read_file(batch: pa.Table) -> Iterator[pa.Table]:
+        for path in batch["path"].to_pylist():
+            with filesystem.open_input_file(path) as stream:
+                file = pq.ParquetFile(stream)
+                yield file.schema_arrow.empty_table().select(columns)  # so that a file without rows has columns too
+                for rows in file.iter_batches(batch_size=ROWS_PER_READ, columns=columns):
+                    yield pa.Table.from_batches([rows])
+
+    files = ray.data.from_arrow([pa.table({"path": [path]}) for path in dataset.parquet_paths()])
+    return files.map_batches(read_file, batch_size=1, batch_format="pyarrow", num_cpus=CPUS_BESIDE_ACTORS)
 
 
 def actor_options(gpus_per_actor: float) -> dict[str, float]:

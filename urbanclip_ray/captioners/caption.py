@@ -116,7 +116,7 @@ def caption_tiles(work: CaptionWork, publication: Publication) -> None:
     else:
         dataflow.connect()
         with _deaths_explained(work.config):
-            rows = dataflow.read(work.tiles, TILE_COLUMNS, for_actors=True)
+            rows = dataflow.read_for_actors(work.tiles, TILE_COLUMNS)
             dataflow.write(describe_rows(rows, work), publication, from_actors=True)
     _count(publication, work)
 

@@ -54,13 +54,13 @@ def score_sentences(
 ) -> dict[str, list[float]]:
     """By tile id the scores of its sentences, in order; tiles without a sentence are not shown to the model."""
     texts = pairs.filter(pc.greater(pc.list_value_length(pairs["texts"]), 0)).select(["tile_id", "texts"])
-    rows = dataflow.read(tiles, ["tile_id", "image"]).map_batches(
+    rows = dataflow.read_for_actors(tiles, ["tile_id", "image"]).map_batches(
         ScoreBatch,
         fn_constructor_kwargs={"weights_uri": weights_uri, "texts": ray.put(texts), "pixels": pixels},
         batch_size=config.tiles_per_batch,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.num_actors),
-        num_gpus=config.gpus_per_actor or None,
+        **dataflow.actor_options(config.gpus_per_actor),
     )
     tables: list[pa.Table] = ray.get(rows.to_arrow_refs())
     scored = [(row["tile_id"], row["scores"]) for table in tables if table.num_rows for row in table.to_pylist()]

@@ -17,6 +17,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -141,7 +142,9 @@ class CaptionStore:
             return 0
 
     def forget_attempts(self, job: str) -> None:
-        delete_folder(join(self.folder.uri, ATTEMPTS, job))
+        """Remove a job's notes; what an actor that is still ending writes meanwhile is left to the store's clean-up."""
+        with suppress(OSError, StorageError):
+            delete_folder(join(self.folder.uri, ATTEMPTS, job))
 
     def _write(self, folder: PartsFolder, name: str, rows: list[dict[str, object]], schema: pa.Schema) -> None:
         if not rows:

@@ -30,7 +30,7 @@ def embed_tiles(
     fresh random weights: the floor that pretraining must beat.
     """
     dataflow.connect()
-    rows = dataflow.read(tiles, ["tile_id", "image", "error"], for_actors=True).map_batches(
+    rows = dataflow.read_for_actors(tiles, ["tile_id", "image", "error"]).map_batches(
         EmbedBatch,
         fn_constructor_kwargs={
             "weights_uri": weights_uri,
