@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import ray
 from chromium import find_browser, open_browser
+from moto.server import ThreadedMotoServer
 from s3_server import S3Server, missing_programs
 
 
@@ -50,6 +52,34 @@ def s3_server() -> Iterator[S3Server]:
             yield server
         finally:
             server.stop()
+
+
+@pytest.fixture
+def use_s3(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Points this test's AWS variables to an endpoint."""
+
+    def point(endpoint: str) -> None:
+        for name, value in {
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }.items():
+            monkeypatch.setenv(name, value)
+
+    return point
+
+
+@pytest.fixture
+def moto_s3(use_s3: Callable[[str], None]) -> Iterator[Any]:
+    """boto3's client of an S3 that starts in a second, which this test's AWS variables point to; no proof of a real one."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    use_s3(f"http://{host}:{port}")
+    yield boto3.client("s3")
+    server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
-import boto3
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 from released_run import make_released_run
 
 from urbanclip_ray.release import shards as module
@@ -28,28 +26,14 @@ def write_all(datasets, kind, output, pixels=True):
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "huggingface"])
-def test_a_shard_on_s3_has_the_bytes_of_a_local_one_and_the_size_and_sum_that_are_said(kind, datasets, tmp_path, monkeypatch):
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    try:
-        boto3.client("s3").create_bucket(Bucket="pairs")
-        entries = write_all(datasets, kind, "s3://pairs/out")
-        assert entries == write_all(datasets, kind, str(tmp_path / "out"))
-        for entry in entries:
-            data = read_bytes(join("s3://pairs/out", entry.path))
-            assert (len(data), hashlib.sha256(data).hexdigest()) == (entry.num_bytes, entry.sha256)
-            assert read_bytes(join(str(tmp_path / "out"), entry.path)) == data
-    finally:
-        server.stop()
+def test_a_shard_on_s3_has_the_bytes_of_a_local_one_and_the_size_and_sum_that_are_said(kind, datasets, tmp_path, moto_s3):
+    moto_s3.create_bucket(Bucket="pairs")
+    entries = write_all(datasets, kind, "s3://pairs/out")
+    assert entries == write_all(datasets, kind, str(tmp_path / "out"))
+    for entry in entries:
+        data = read_bytes(join("s3://pairs/out", entry.path))
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (entry.num_bytes, entry.sha256)
+        assert read_bytes(join(str(tmp_path / "out"), entry.path)) == data
 
 
 def test_row_groups_are_of_one_size_wherever_our_own_files_end(datasets, tmp_path, monkeypatch):

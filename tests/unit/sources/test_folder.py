@@ -6,9 +6,7 @@ import logging
 import math
 import pickle
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from urbanclip_ray.config import FolderSource, WorldSource
 from urbanclip_ray.sources import SourceError, open_source
@@ -174,32 +172,17 @@ def test_the_fingerprint_follows_files_and_csv_but_not_the_place(tmp_path):
     assert source_of(moved, metadata="labels.csv").fingerprint() != second
 
 
-def test_a_folder_on_s3_reads_as_a_local_one(tmp_path, monkeypatch):
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    try:
-        s3 = boto3.client("s3")
-        s3.create_bucket(Bucket="city")
-        for path in TWO:
-            s3.put_object(Bucket="city", Key=f"tiles/{path}", Body=path.encode())
-        s3.put_object(Bucket="city", Key="tiles/labels.csv", Body=b"file,v\na.jpg,1\n")
-        source = source_of("s3://city/tiles", metadata="labels.csv")
-        assert [tile.tile_id for tile in source.tiles()] == ["paris/a", "paris/b"]
-        assert source.read("paris/b.png") == b"paris/b.png"
-        assert source.labels().to_pylist() == [{"tile_id": "paris/a", "v": 1.0}]
-        with pytest.raises(FileNotFoundError):
-            source.read("paris/gone.png")
-    finally:
-        server.stop()
+def test_a_folder_on_s3_reads_as_a_local_one(tmp_path, moto_s3):
+    moto_s3.create_bucket(Bucket="city")
+    for path in TWO:
+        moto_s3.put_object(Bucket="city", Key=f"tiles/{path}", Body=path.encode())
+    moto_s3.put_object(Bucket="city", Key="tiles/labels.csv", Body=b"file,v\na.jpg,1\n")
+    source = source_of("s3://city/tiles", metadata="labels.csv")
+    assert [tile.tile_id for tile in source.tiles()] == ["paris/a", "paris/b"]
+    assert source.read("paris/b.png") == b"paris/b.png"
+    assert source.labels().to_pylist() == [{"tile_id": "paris/a", "v": 1.0}]
+    with pytest.raises(FileNotFoundError):
+        source.read("paris/gone.png")
 
 
 def test_the_kind_of_config_decides_the_source():

@@ -145,17 +145,10 @@ class CountedServer:
         return self._app(environ, start_response)
 
 
-def test_small_files_on_object_storage_are_waited_for_together(monkeypatch):
+def test_small_files_on_object_storage_are_waited_for_together(use_s3):
     num_together, num_files = 16, 64
     counted = CountedServer(num_together)
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{counted.server.server_port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
+    use_s3(f"http://127.0.0.1:{counted.server.server_port}")
     try:
         s3 = boto3.client("s3")
         s3.create_bucket(Bucket="many")

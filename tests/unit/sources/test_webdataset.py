@@ -7,9 +7,7 @@ import json
 import pickle
 import tarfile
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from urbanclip_ray.config import WebDatasetSource
 from urbanclip_ray.imagery import TileImageError
@@ -225,24 +223,9 @@ def test_ones_own_copy_that_has_none_of_the_tiles_is_refused(tmp_path):
         source_of(tmp_path / "texts", pixels=str(tmp_path / "own")).tiles()
 
 
-def test_shards_on_s3_read_as_local_ones(tmp_path, monkeypatch):
+def test_shards_on_s3_read_as_local_ones(tmp_path, moto_s3):
     path = write_shard(tmp_path / "a.tar", [("r/1.jpg", JPEG), ("r/1.txt", b"A park."), ("r/2.jpg", JPEG * 2)])
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    try:
-        s3 = boto3.client("s3")
-        s3.create_bucket(Bucket="pairs")
-        s3.put_object(Bucket="pairs", Key="city/a.tar", Body=path.read_bytes())
-        source = source_of("s3://pairs/city")
-        assert [source.read(tile.location) for tile in source.tiles()] == [JPEG, JPEG * 2]
-    finally:
-        server.stop()
+    moto_s3.create_bucket(Bucket="pairs")
+    moto_s3.put_object(Bucket="pairs", Key="city/a.tar", Body=path.read_bytes())
+    source = source_of("s3://pairs/city")
+    assert [source.read(tile.location) for tile in source.tiles()] == [JPEG, JPEG * 2]
