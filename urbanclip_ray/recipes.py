@@ -28,7 +28,8 @@ from urbanclip_ray.config import (
 )
 
 # For captions of language models, which speak of moods, of people and of what a place might be used for: see rules.yaml. A
-# sentence that 500 tiles share, a tenth of a city, tells none of them apart. People's captions need none of it.
+# sentence that 500 tiles share, a tenth of a city, tells none of them apart. People's captions need none of it, and the released
+# ones are taken as the paper took them.
 MODEL_CAPTIONS = RefineConfig(rules=("all",), max_tiles_per_sentence=500)
 
 
@@ -166,7 +167,6 @@ def urbanclip_beijing() -> RunConfig:
             dtype="bfloat16",
             gpus_per_actor=1,
         ),
-        refine=MODEL_CAPTIONS,
         split=SplitConfig(outer="blocks", also=("random",), block_km=8, test_share=0.2, val_share=0.16),
         model=ModelConfig(architecture="coca_ViT-L-14", pretrained="mscoco_finetuned_laion2b_s13b_b90k", tokenizer="open_clip"),
         train=TrainConfig(
