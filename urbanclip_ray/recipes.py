@@ -28,8 +28,8 @@ from urbanclip_ray.config import (
 )
 
 # For captions of language models, which speak of moods, of people and of what a place might be used for: see rules.yaml. A
-# sentence that 500 tiles share, a tenth of a city, tells none of them apart. People's captions need none of it, and the released
-# ones are taken as the paper took them.
+# sentence that 500 tiles share, a tenth of a city, tells none of them apart. People's captions need none of it, and the
+# released ones are taken as the paper took them.
 MODEL_CAPTIONS = RefineConfig(rules=("all",), max_tiles_per_sentence=500)
 
 
