@@ -94,6 +94,7 @@ def test_one_tile_that_kills_its_process_is_a_row_and_all_others_are_described_o
     assert len(said.read_text().split()) == NUM_TILES
 
 
+@pytest.mark.slow
 def test_several_prompts_load_a_model_once_in_an_actor_and_a_tile_may_fail_at_one_of_them(tiles, tmp_path, monkeypatch):
     loads, culprit = tmp_path / "loads", f"r/{CULPRIT}"
 

@@ -138,6 +138,7 @@ def stand_in():
 
 
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.slow
 def test_rows_pass_through_ray_s_processor_with_images_errors_and_samples(vision_language_models, tmp_path, monkeypatch):
     model = str(vision_language_models["qwen2_vl"])
     config = make_config(
