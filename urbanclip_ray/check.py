@@ -21,6 +21,7 @@ from urbanclip_ray import dataflow
 from urbanclip_ray.cluster import Cluster, on_node, read_cluster, worker_resources
 from urbanclip_ray.config import RunConfig
 from urbanclip_ray.errors import UserError
+from urbanclip_ray.libraries import library_versions
 from urbanclip_ray.plan import is_asked_for, walk
 from urbanclip_ray.preflight import (
     PreflightError,
@@ -33,7 +34,7 @@ from urbanclip_ray.preflight import (
 )
 from urbanclip_ray.remote_errors import explain_error
 from urbanclip_ray.stages import Run
-from urbanclip_ray.storage import delete_folder, exists, join, library_versions, list_files, resolve, write_bytes
+from urbanclip_ray.storage import delete_folder, exists, join, list_files, resolve, write_bytes
 from urbanclip_ray.terminal import counted, open_console
 
 NODE_TIMEOUT_S = 20.0

@@ -20,8 +20,9 @@ from urbanclip_ray.plan import is_asked_for, walk
 from urbanclip_ray.preflight import refuse_unfit_run
 from urbanclip_ray.representations import stages_of
 from urbanclip_ray.search_results import show_search
+from urbanclip_ray.search_stage import SEARCH, check_search
 from urbanclip_ray.sources.label_files import fingerprint_labels
-from urbanclip_ray.stages import SEARCH, Run, Stage, check_search
+from urbanclip_ray.stages import Run, Stage
 from urbanclip_ray.storage import (
     Dataset,
     MissingDatasetError,

@@ -10,7 +10,8 @@ from rich.text import Text
 
 from urbanclip_ray.config import ConfigError, ModelConfig, RunConfig
 from urbanclip_ray.representations import stages_of
-from urbanclip_ray.stages import SEARCH, SEARCH_STAGES, Run, Stage, adapt
+from urbanclip_ray.search_stage import SEARCH, SEARCH_STAGES
+from urbanclip_ray.stages import Run, Stage, adapt
 from urbanclip_ray.storage import Dataset, dataset_uri, find_dataset, join
 from urbanclip_ray.terminal import counted, open_console
 

@@ -5,13 +5,12 @@ Follow one tile by reading `STAGES` from the top.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from urbanclip_ray.captioners.model_files import ModelReference, resolve_model
-from urbanclip_ray.config import NO_WEIGHTS, ConfigError, RunConfig
+from urbanclip_ray.config import NO_WEIGHTS, RunConfig
 from urbanclip_ray.filesystems import use_stores
 from urbanclip_ray.places import find_weights, list_places, weights_folder, with_absolute_paths
 from urbanclip_ray.sources import open_source
@@ -378,29 +377,3 @@ STAGES: tuple[Stage, ...] = (
         _is_needed_for_probe,
     ),
 )
-
-
-def _search(run: Run, publication: Publication) -> None:
-    from urbanclip_ray.tune import run_search
-
-    run_search(run.config, run.datasets["shards"], run.datasets["labels"], publication)
-
-
-def _search_content(run: Run) -> dict[str, Any]:
-    from urbanclip_ray.search_space import measure_content
-
-    return {**run.config.pretrain_content(), **measure_content(run.config), "tune": run.config.tune.content()}
-
-
-# Not a stage of the walk: it makes many pretrainings out of one run's shards.
-SEARCH = Stage("search", "tune", ("labels", "shards"), _search_content, _search, lambda _: True)
-SEARCH_STAGES = (*itertools.takewhile(lambda stage: stage.name != "pretrain", STAGES), SEARCH)
-
-
-def check_search(run: Run) -> None:
-    """Raise ConfigError, before anything is made, for a search that cannot be run."""
-    from urbanclip_ray.search_space import plan_trials
-
-    plan_trials(run.config)
-    if not run.has_labels:
-        raise ConfigError("a search needs indicators to judge its trials by: bring them with the source (source.metadata)")

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.metadata
 import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -27,28 +26,13 @@ from urbanclip_ray.filesystems import absolute as absolute  # exported again: wh
 from urbanclip_ray.filesystems import check_access as check_access
 from urbanclip_ray.filesystems import find_store, is_s3
 from urbanclip_ray.filesystems import resolve as resolve
+from urbanclip_ray.libraries import library_versions
 from urbanclip_ray.object_storage import StorageError as StorageError
 from urbanclip_ray.object_storage import explain_s3_error, put_if_absent
 from urbanclip_ray.schema import FORMAT_VERSION
 
 MANIFEST = "manifest.json"
 READ_CHUNK_BYTES = 1 << 20
-RECORDED_LIBRARIES = (
-    "urbanclip_ray",
-    "ray",
-    "torch",
-    "open_clip_torch",
-    "deepspeed",
-    "transformers",
-    "pyarrow",
-    "numpy",
-    "scikit-learn",
-    "rasterio",
-    "pyproj",
-    "exactextract",
-    "py3langid",
-    "datasketch",
-)
 
 
 class MissingDatasetError(StorageError):
@@ -108,15 +92,8 @@ def open_file(uri: str) -> Iterator[pa.NativeFile]:
 
 def write_bytes(uri: str, data: bytes | memoryview) -> None:
     """Write a file whole: on a local disk by rename, on S3 by a single PUT, so no reader sees half of it."""
-    filesystem, path = resolve(uri)
-    with _explained(uri):
-        if isinstance(filesystem, pafs.LocalFileSystem):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with _written_beside(path, data) as temporary:
-                os.replace(temporary, path)
-        else:
-            with filesystem.open_output_stream(path) as stream:
-                stream.write(data)
+    with open_output(uri) as file:
+        file.write(data)
 
 
 @contextmanager
@@ -124,19 +101,15 @@ def open_output(uri: str) -> Iterator[Any]:
     """A file to be written piece by piece; no reader sees it before it is closed."""
     filesystem, path = resolve(uri)
     with _explained(uri):
-        if not isinstance(filesystem, pafs.LocalFileSystem):
+        if isinstance(filesystem, pafs.LocalFileSystem):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with _written_beside(path) as file:
+                yield file
+                _put_on_disk(file)
+                os.replace(file.name, path)
+        else:
             with filesystem.open_output_stream(path) as stream:
                 yield stream
-            return
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        temporary = f"{path}.{secrets.token_hex(4)}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                yield file
-            os.replace(temporary, path)
-        finally:
-            if os.path.exists(temporary):
-                os.remove(temporary)
 
 
 @contextmanager
@@ -151,18 +124,20 @@ def _explained(uri: str) -> Iterator[None]:
 
 
 @contextmanager
-def _written_beside(path: str, data: bytes | memoryview) -> Iterator[str]:
-    """A temporary file in the same folder, its data on disk; removed at the end if it is still there."""
+def _written_beside(path: str) -> Iterator[BinaryIO]:
+    """A temporary file in the same folder; removed at the end if it is still there."""
     temporary = f"{path}.{secrets.token_hex(4)}.tmp"
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
+            yield file
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def _put_on_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def exists(uri: str) -> bool:
@@ -173,22 +148,21 @@ def exists(uri: str) -> bool:
 
 def list_files(uri: str, recursive: bool = True) -> list[pafs.FileInfo]:
     """Files below a URI in the order of their paths; raises when the folder is not there."""
+    return [info for info in _list(uri, recursive) if info.is_file]
+
+
+def list_folders(uri: str) -> list[str]:
+    """Names of the folders directly below a URI, sorted; raises when that folder is not there."""
+    return [info.base_name for info in _list(uri, recursive=False) if info.type == pafs.FileType.Directory]
+
+
+def _list(uri: str, recursive: bool) -> list[pafs.FileInfo]:
     filesystem, path = resolve(uri)
     with _explained(uri):
         if filesystem.get_file_info(path).type == pafs.FileType.NotFound:
             raise StorageError(f"{uri}: no such folder; check the path")
         found = filesystem.get_file_info(pafs.FileSelector(path, recursive=recursive))
-    return sorted((info for info in found if info.is_file), key=lambda info: str(info.path))
-
-
-def list_folders(uri: str) -> list[str]:
-    """Names of the folders directly below a URI, sorted; raises when that folder is not there."""
-    filesystem, path = resolve(uri)
-    with _explained(uri):
-        if filesystem.get_file_info(path).type == pafs.FileType.NotFound:
-            raise StorageError(f"{uri}: no such folder; check the path")
-        found = filesystem.get_file_info(pafs.FileSelector(path))
-    return sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
+    return sorted(found, key=lambda info: str(info.path))
 
 
 def delete_file(uri: str) -> None:
@@ -379,9 +353,11 @@ def create_exclusively(uri: str, data: bytes) -> bool:
     """Create a file only if it is not there; False where another writer was first."""
     filesystem, path = resolve(uri)
     if isinstance(filesystem, pafs.LocalFileSystem):
-        with _written_beside(path, data) as temporary:
+        with _written_beside(path) as file:
+            file.write(data)
+            _put_on_disk(file)
             try:
-                os.link(temporary, path)  # fails when the target exists, unlike a rename
+                os.link(file.name, path)  # fails when the target exists, unlike a rename
             except FileExistsError:
                 return False
         return True
@@ -398,14 +374,3 @@ def dataset_uri(storage: str, run: str, stage: str, config: dict[str, Any], pare
         "parents": {name: parent.sha256 for name, parent in parents.items()},
     }
     return join(storage, run, stage, digest(made_of)[:16])
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that shape results, as installed."""
-    found = {}
-    for name in RECORDED_LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # our own code, too, may be uploaded with a job instead
-            found[name] = "not installed"
-    return found

@@ -21,10 +21,11 @@ from rich.console import Console
 from urbanclip_ray import dataflow
 from urbanclip_ray.config import ResourcesConfig, RunConfig
 from urbanclip_ray.errors import UserError
+from urbanclip_ray.libraries import library_versions
 from urbanclip_ray.pipeline import run_stage
 from urbanclip_ray.representations import stages_of
 from urbanclip_ray.stages import Run
-from urbanclip_ray.storage import library_versions, read_bytes
+from urbanclip_ray.storage import read_bytes
 from urbanclip_ray.train.device import DEVICE_FILE
 
 WARM_UP_STEPS = 3  # compile, allocate and fill caches: left out of the training speed

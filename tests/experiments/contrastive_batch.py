@@ -16,6 +16,8 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from options import experiment_parser
+
 from urbanclip_ray import apply_overrides, load_recipe, run_stages
 from urbanclip_ray.config import RunConfig
 from urbanclip_ray.places import weights_folder
@@ -125,11 +127,7 @@ def spread(values: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rsicd", required=True, help="RSICD: captions.json and the images")
-    parser.add_argument("--kingcounty", required=True, help="a folder with images/ and labels.csv")
-    parser.add_argument("--storage", required=True, help="where runs are kept")
-    parser.add_argument("--epochs", type=int, default=12, help="passes over the training rows (default: 12)")
+    parser = experiment_parser(__doc__, num_epochs=12)
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
     options = parser.parse_args()
     results = [run_one(arm, seed, options) for seed in SEEDS for arm in options.arms]

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from options import add_seeds_and_changes, experiment_parser
 
 from urbanclip_ray import apply_overrides, load_recipe, run_stages
 from urbanclip_ray.ablations import change
@@ -158,15 +159,8 @@ def _interval(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rsicd", required=True, help="RSICD: captions.json and the images")
-    parser.add_argument("--kingcounty", required=True, help="a folder with images/ and labels.csv")
-    parser.add_argument("--storage", required=True, help="where runs are kept, a local path")
-    parser.add_argument("--epochs", type=int, default=3, help="passes over the training rows (default: 3)")
-    parser.add_argument("--seeds", type=int, default=3, help="pretraining seeds (default: 3)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the pretraining; repeatable")
-    parser.add_argument("--probe-set", action="append", default=[], metavar="KEY=VALUE", help="change the probe; repeatable")
-    parser.add_argument("--output", default=str(OUTPUT), help="where the figures go (default: beside this file)")
+    parser = experiment_parser(__doc__, num_epochs=3)
+    add_seeds_and_changes(parser, str(OUTPUT))
     options = parser.parse_args()
     scores: list[Score] = []
     record: dict[str, Any] = {"epochs": options.epochs, "found": {}}

@@ -54,3 +54,10 @@ def run_job(name: str, *options: str, ray_address: str | None = None) -> subproc
         env=environment,
         cwd=ROOT,
     )
+
+
+def stdout_of(name: str, *options: str, ray_address: str | None = None) -> str:
+    """What a job that must end well prints."""
+    result = run_job(name, *options, ray_address=ray_address)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import ray
-from small_run import NUM_COLUMNS, NUM_ROWS, city_options, run_job, write_city
+from small_run import NUM_COLUMNS, NUM_ROWS, city_options, run_job, stdout_of, write_city
 
 NUM_TILES = NUM_COLUMNS * NUM_ROWS
 
@@ -27,9 +27,7 @@ def test_plan_preview_captions_and_a_second_run(kind, vision_language_models, tm
     model = [part for key, value in keys.items() for part in ("--set", f"caption.{key}={value}")]
 
     def job(name: str, *more: str) -> str:
-        result = run_job(name, *options, *model, *more, ray_address=address)
-        assert result.returncode == 0, result.stderr[-4000:]
-        return result.stdout
+        return stdout_of(name, *options, *model, *more, ray_address=address)
 
     def facts(run: str) -> dict:
         (manifest,) = (tmp_path / "storage" / run / "captions").glob("*/manifest.json")

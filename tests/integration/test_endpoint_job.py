@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from small_run import NUM_COLUMNS, NUM_ROWS, city_options, run_job, write_city
+from small_run import NUM_COLUMNS, NUM_ROWS, city_options, stdout_of, write_city
 
 NUM_TILES = NUM_COLUMNS * NUM_ROWS
 START_TIMEOUT_S = 300
@@ -74,9 +74,7 @@ def test_a_served_model_describes_all_tiles_and_a_second_run_asks_it_nothing(ser
     asked = [part for key, value in keys.items() for part in ("--set", f"caption.{key}={value}")]
 
     def job(name: str, *more: str) -> str:
-        result = run_job(name, *options, *asked, *more, ray_address=address)
-        assert result.returncode == 0, result.stderr[-4000:]
-        return result.stdout
+        return stdout_of(name, *options, *asked, *more, ray_address=address)
 
     def manifest(run: str) -> dict:
         (path,) = (tmp_path / "storage" / run / "captions").glob("*/manifest.json")

@@ -18,7 +18,8 @@ from urbanclip_ray.model.weights import WEIGHTS_FILE
 from urbanclip_ray.overrides import apply_overrides
 from urbanclip_ray.pipeline import find_parents, run_stages
 from urbanclip_ray.places import find_weights
-from urbanclip_ray.stages import SEARCH, STAGES
+from urbanclip_ray.search_stage import SEARCH
+from urbanclip_ray.stages import STAGES
 from urbanclip_ray.storage import MissingDatasetError, find_dataset, open_dataset, publish
 
 NAMES = [stage.name for stage in STAGES]

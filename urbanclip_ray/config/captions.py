@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from urbanclip_ray.config.prompts import find_prompts
-from urbanclip_ray.config.section import Section, execution
+from urbanclip_ray.config.section import Section, VariableName, execution
 
 
 class DecodingConfig(Section):
@@ -60,7 +60,7 @@ class CaptionConfig(Section):
     num_actors: int = execution(2, ge=1)
     # The rest is of `openai`.
     endpoint: str = execution("")  # https://host/v1: where the images are sent
-    api_key_variable: str = execution("OPENAI_API_KEY")  # an environment variable of every node; empty: the endpoint wants none
+    api_key_variable: VariableName = execution("OPENAI_API_KEY")  # set on every node; empty: the endpoint wants none
     concurrent_requests: int = execution(8, ge=1)  # of one actor
     requests_per_minute: int = execution(0, ge=0)  # of all actors together, each its share; 0: as many as it answers
     request_retries: int = execution(6, ge=0)  # of one request that is refused for the moment, or not answered
@@ -72,13 +72,6 @@ class CaptionConfig(Section):
         if value and not re.fullmatch(r"https?://[^/@?#\s\\]+(/[^@?#\s\\]*)?", value):
             raise ValueError("write it as https://host/v1 or http://host:port/v1, without keys, user names and queries")
         return value.rstrip("/")
-
-    @field_validator("api_key_variable")
-    @classmethod
-    def _is_variable(cls, value: str) -> str:
-        if value and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", value):
-            raise ValueError("name an environment variable (capitals, digits and _); the key itself has no place here")
-        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:

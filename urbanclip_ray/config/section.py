@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+import re
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from urbanclip_ray.errors import UserError
 
@@ -19,6 +20,15 @@ def execution(default: T, ge: float | None = None) -> T:
     """A field that says how or where a result is made, not what it is, so it is left out of digests; `ge` bounds it."""
     field: T = Field(default=default, ge=ge, json_schema_extra={"execution": True})
     return field
+
+
+def _check_variable(value: str) -> str:
+    if value and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", value):
+        raise ValueError("name an environment variable (capitals, digits and _); the key or secret itself has no place here")
+    return value
+
+
+VariableName = Annotated[str, AfterValidator(_check_variable)]  # of an environment variable that holds a secret, or empty
 
 
 class Section(BaseModel):

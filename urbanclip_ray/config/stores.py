@@ -7,7 +7,7 @@ from typing import Self
 
 from pydantic import field_validator, model_validator
 
-from urbanclip_ray.config.section import Section, execution
+from urbanclip_ray.config.section import Section, VariableName, execution
 
 
 class StoreConfig(Section):
@@ -21,8 +21,8 @@ class StoreConfig(Section):
     region: str = execution("")
     anonymous: bool = execution(False)  # for public buckets
     profile: str = execution("")
-    key_id_variable: str = execution("")  # names of environment variables
-    secret_variable: str = execution("")
+    key_id_variable: VariableName = execution("")  # names of environment variables
+    secret_variable: VariableName = execution("")
 
     @field_validator("root")
     @classmethod
@@ -37,15 +37,6 @@ class StoreConfig(Section):
         if value and not re.fullmatch(r"https?://[^/@?#\s]+/?", value):
             raise ValueError("write it as http://host:port or https://host, without keys and paths")
         return value.rstrip("/")
-
-    @field_validator("key_id_variable", "secret_variable")
-    @classmethod
-    def _is_variable(cls, value: str) -> str:
-        if value and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", value):
-            raise ValueError(
-                "name an environment variable (capitals, digits and _); the key or secret itself has no place here"
-            )
-        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:

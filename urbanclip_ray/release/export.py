@@ -17,6 +17,7 @@ import ray.data
 
 from urbanclip_ray import dataflow
 from urbanclip_ray.config import ConfigError
+from urbanclip_ray.libraries import library_versions
 from urbanclip_ray.release.card import Release, check_licence, write_card
 from urbanclip_ray.release.plan import ExportPlan, Format, ShardPlan, plan_export
 from urbanclip_ray.release.shards import ShardSettings, write_shard
@@ -33,7 +34,6 @@ from urbanclip_ray.storage import (
     explain_os_error,
     find_dataset,
     join,
-    library_versions,
     list_files,
     resolve,
     write_bytes,

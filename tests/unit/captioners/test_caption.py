@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 
-import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image
+from images import noise_png
 
 from urbanclip_ray.captioners import caption as caption_module
 from urbanclip_ray.captioners.caption import CaptionError, CaptionWork, caption_tiles
@@ -23,19 +21,13 @@ NUM_TILES = 7
 BROKEN = 3  # this one cannot be read
 
 
-def png(seed):
-    stream = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(stream, "PNG")
-    return stream.getvalue()
-
-
 @pytest.fixture(scope="module")
 def tiles(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("tiles")
     rows = []
     for index in range(NUM_TILES):
         is_broken = index == BROKEN
-        image = b"" if is_broken else png(index)
+        image = b"" if is_broken else noise_png(index)
         sha256 = None if is_broken else hashlib.sha256(image).hexdigest()
         row = {"tile_id": f"r/{index}", "region": "r", "scheme": "none", "image": image, "sha256": sha256}
         rows.append(row | {"error": "zero bytes" if is_broken else None})
@@ -86,7 +78,7 @@ def test_a_margin_cut_off_makes_other_keys(tiles, described):
     config = CaptionConfig()
     uncut = CaptionWork(tiles, config, PixelsConfig()).origins()[-1]
     cut = CaptionWork(tiles, config, PixelsConfig(crop_bottom_px=2)).origins()[-1]
-    assert described.read()["caption_key"][0].as_py() == uncut.key(hashlib.sha256(png(0)).hexdigest(), 0)
+    assert described.read()["caption_key"][0].as_py() == uncut.key(hashlib.sha256(noise_png(0)).hexdigest(), 0)
     assert cut.key("ab", 0) != uncut.key("ab", 0)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from images import noise_png
 from PIL import Image
 
 from urbanclip_ray.captioners.consistency import LOW_CONSISTENCY, find_thresholds
@@ -38,17 +39,11 @@ def weights(tmp_path_factory):
     return str(folder)
 
 
-def png(seed):
-    stream = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(stream, "PNG")
-    return stream.getvalue()
-
-
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("datasets")
     tiles = [
-        {"tile_id": tile_id, "region": tile_id[0], "image": png(at), "scheme": "none", "width": 16}
+        {"tile_id": tile_id, "region": tile_id[0], "image": noise_png(at), "scheme": "none", "width": 16}
         for at, tile_id in enumerate([*TEXTS, "b/unreadable"])
     ]
     tiles[-1] |= {"image": None, "error": "zero bytes"}
@@ -75,7 +70,7 @@ def test_scores_are_the_model_s_cosines_and_are_kept_with_the_pairs(datasets, we
     assert table.schema.equals(SCORED_PAIRS)
     rows = {row["tile_id"]: row for row in table.to_pylist()}
     model = load_image_text(weights)
-    pixels = np.stack([np.asarray(Image.open(io.BytesIO(png(at)))) for at in range(3)])
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(noise_png(at)))) for at in range(3)])
     with torch.inference_mode():
         image = model.encode_images(torch.from_numpy(pixels)).numpy()
         for at, (tile_id, sentences) in enumerate((key, rows[key]["texts"]) for key in TEXTS):

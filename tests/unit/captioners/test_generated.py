@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import html
-import io
 import re
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image
+from images import noise_png
 
 from urbanclip_ray.captioners.caption import CaptionError, CaptionWork, caption_tiles
 from urbanclip_ray.captioners.model_files import resolve_model
@@ -28,19 +26,13 @@ BROKEN = 3  # this one cannot be read
 DOUBLE = 7  # this one has the bytes of the one before it
 
 
-def png(seed: int) -> bytes:
-    stream = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (56 + 14 * (seed % 3), 64, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
-
-
 @pytest.fixture(scope="module")
 def tiles(tmp_path_factory):
     uri = str(tmp_path_factory.mktemp("tiles") / "tiles")
     rows = []
     for index in range(NUM_TILES):
-        image = b"" if index == BROKEN else png(index - 1 if index == DOUBLE else index)
+        seed = index - 1 if index == DOUBLE else index
+        image = b"" if index == BROKEN else noise_png(seed, 64, 56 + 14 * (seed % 3))
         row = {"tile_id": f"<b>/{index:02}", "region": "r", "scheme": "none", "image": image}
         row |= {"sha256": hashlib.sha256(image).hexdigest() if image else None, "error": None if image else "zero bytes"}
         rows.append(row)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import io
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image
+from images import noise_png
 
 from urbanclip_ray.captioners import vllm_engine
 from urbanclip_ray.captioners.base import UnusableCaptionerError
@@ -23,12 +22,6 @@ from urbanclip_ray.storage import Dataset, open_dataset, publish
 
 WHOLE = PixelsConfig()
 HUB = ModelReference("owner/name", "c0ffee", "owner/name", is_hub=True)
-
-
-def png(seed: int) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (60, 64, 3), dtype=np.uint8)).save(stream, "PNG")
-    return stream.getvalue()
 
 
 def make_config(**keys) -> CaptionConfig:
@@ -163,7 +156,7 @@ def test_rows_pass_through_ray_s_processor_with_images_errors_and_samples(vision
 
     rows = [
         {"tile_id": f"r/{n}", "region": "r", "scheme": "none", "sha256": hashlib.sha256(image).hexdigest(), "image": image}
-        for n, image in enumerate([png(0), png(1), b"no image", png(0)])
+        for n, image in enumerate([noise_png(0, 64, 60), noise_png(1, 64, 60), b"no image", noise_png(0, 64, 60)])
     ]
     with publish(str(tmp_path / "tiles"), "tiles", {}, {}) as publication:
         publication.write_table(pa.Table.from_pylist(rows, schema=TILES))

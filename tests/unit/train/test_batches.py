@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from images import noise_png
 from PIL import Image
 
 from urbanclip_ray.config import AugmentConfig, PixelsConfig, TrainConfig
@@ -40,17 +41,11 @@ CONFIG = TrainConfig(
 )
 
 
-def png(seed):
-    stream = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(stream, "PNG")
-    return stream.getvalue()
-
-
 ROWS = [
     {
         "row_id": row,
         "tile_id": f"r/{row}",
-        "image": png(row),
+        "image": noise_png(row),
         "texts": [f"Tile {row} has {count} trees" + " and more" * count for count in range(4)],
         "part": "train",
     }

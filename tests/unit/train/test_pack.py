@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
-
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from images import noise_png
 
 from urbanclip_ray.config import ConfigError, PackConfig
 from urbanclip_ray.schema import PAIRS, SHARDS, SPLITS, TILES
@@ -22,12 +19,6 @@ NUM_TILES = 20
 UNREADABLE, WITHOUT_TEXT, WITHOUT_PLACE = 19, 7, 6
 IDS = [f"r/{index:02d}" for index in range(NUM_TILES)]
 PARTS = ["test" if index % 5 == 0 else "val" if index % 5 == 1 else "train" for index in range(NUM_TILES)]
-
-
-def png(seed):
-    stream = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(stream, "PNG")
-    return stream.getvalue()
 
 
 def store(uri, stage, rows, schema, rejects=None):
@@ -45,7 +36,9 @@ def store(uri, stage, rows, schema, rejects=None):
 def inputs(tmp_path_factory):
     """20 tiles; one unreadable, one without an accepted sentence, one without a place in the split."""
     root = tmp_path_factory.mktemp("inputs")
-    tiles = [{"tile_id": tile_id, "region": "r", "scheme": "none", "image": png(n)} for n, tile_id in enumerate(IDS)]
+    tiles = [
+        {"tile_id": tile_id, "region": "r", "scheme": "none", "image": noise_png(n, 8, 8)} for n, tile_id in enumerate(IDS)
+    ]
     tiles[UNREADABLE] |= {"image": None, "error": "zero bytes"}
     pairs = [
         {"tile_id": tile_id, "texts": [] if n == WITHOUT_TEXT else [f"Text of {tile_id}."], "rejected": []}
@@ -92,7 +85,7 @@ def test_rows_are_numbered_training_first_and_no_test_tile_is_among_them(packed)
     parts = [row["part"] for row in rows]
     assert parts == sorted(parts)  # train comes before val
     for row in rows:  # each tile with its own pixels and texts
-        assert row["image"] == png(IDS.index(row["tile_id"]))
+        assert row["image"] == noise_png(IDS.index(row["tile_id"]), 8, 8)
         assert row["texts"] == [f"Text of {row['tile_id']}."]
 
 
