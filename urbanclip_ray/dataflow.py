@@ -164,6 +164,12 @@ class OrderedParquet(ray.data.Datasink[None]):
             pq.write_table(table.slice(first, step), path, filesystem=filesystem)
 
 
+def collect(rows: ray.data.Dataset) -> list[pa.Table]:
+    """Run the job and bring its rows into memory, as blocks; empty ones are left out, for they may lack columns."""
+    tables: list[pa.Table] = ray.get(rows.to_arrow_refs())
+    return [table for table in tables if table.num_rows]
+
+
 def map_tables(rows: ray.data.Dataset, function: Callable[[pa.Table], pa.Table], *, batch_size: int) -> ray.data.Dataset:
     """Apply a function from table to table in stateless tasks."""
     return rows.map_batches(function, batch_size=batch_size, batch_format="pyarrow")

@@ -62,9 +62,7 @@ def score_sentences(
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.num_actors),
         **dataflow.actor_options(config.gpus_per_actor),
     )
-    tables: list[pa.Table] = ray.get(rows.to_arrow_refs())
-    scored = [(row["tile_id"], row["scores"]) for table in tables if table.num_rows for row in table.to_pylist()]
-    return dict(scored)
+    return {row["tile_id"]: row["scores"] for table in dataflow.collect(rows) for row in table.to_pylist()}
 
 
 def _apply(row: dict[str, Any], scores: list[float], least: float) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from urbanclip_ray.captioners.texts import clean_text
 from urbanclip_ray.config import CaptionConfig, PixelsConfig
 from urbanclip_ray.config.prompts import PromptFieldError, fill_template
-from urbanclip_ray.geo.earth import metres_per_degree
+from urbanclip_ray.geo.earth import ground_resolution_m
 
 METADATA_COLUMNS = ["region", "width", "west", "south", "east", "north"]
 ROWS_PER_BATCH = 8_192
@@ -66,12 +66,11 @@ def describe_metadata(tile: Mapping[str, Any], pixels: PixelsConfig) -> dict[str
     if None in bounds or not tile["width"]:
         return known
     west, south, east, north = bounds
-    metres, _ = metres_per_degree(np.array((south + north) / 2))
-    ground_resolution_m = float(metres) * (east - west) / tile["width"]
+    m_per_px = ground_resolution_m((south + north) / 2, west, east, tile["width"])
     width_px = tile["width"] - pixels.crop_left_px - pixels.crop_right_px
-    if ground_resolution_m > 0 and width_px > 0:
-        known["ground_resolution_m"] = two_digits(ground_resolution_m)
-        known["width_m"] = two_digits(ground_resolution_m * width_px)
+    if m_per_px > 0 and width_px > 0:
+        known["ground_resolution_m"] = two_digits(m_per_px)
+        known["width_m"] = two_digits(m_per_px * width_px)
     return known
 
 

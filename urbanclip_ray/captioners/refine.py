@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
@@ -22,7 +21,7 @@ from urbanclip_ray.captioners.rules import CUT_OFF, Rules
 from urbanclip_ray.captioners.sentence_checks import NOWHERE, WORD, Place, ends_whole
 from urbanclip_ray.captioners.sentences import split_sentences
 from urbanclip_ray.config import PixelsConfig, RefineConfig
-from urbanclip_ray.geo.earth import metres_per_degree
+from urbanclip_ray.geo.earth import ground_resolution_m
 from urbanclip_ray.schema import PAIRS
 from urbanclip_ray.storage import Dataset, Publication, resolve
 
@@ -111,7 +110,8 @@ def refine_captions(captions: Dataset, config: RefineConfig, publication: Public
     if config.consistency.weights and work.tiles is not None:
         from urbanclip_ray.captioners.consistency import reject_inconsistent
 
-        pairs, facts = reject_inconsistent(_collect(rows), work.tiles, work.weights_uri, config.consistency, work.pixels)
+        refined = pa.concat_tables([PAIRS.empty_table(), *dataflow.collect(rows)])
+        pairs, facts = reject_inconsistent(refined, work.tiles, work.weights_uri, config.consistency, work.pixels)
         publication.write_table(pairs)
         publication.facts["consistency"] = facts
     else:
@@ -137,19 +137,13 @@ def _map_files(captions: Dataset, function: Callable[[pa.Table], pa.Table]) -> r
     return files.repartition(len(captions.parquet_paths())).map_batches(map_file, batch_size=1, batch_format="pyarrow")
 
 
-def _collect(rows: ray.data.Dataset) -> pa.Table:
-    tables: list[pa.Table] = ray.get(rows.to_arrow_refs())
-    return pa.concat_tables([table for table in tables if table.num_rows] or [PAIRS.empty_table()])
-
-
 def _find_frequent(captions: Dataset, config: RefineConfig) -> frozenset[int]:
     similarity = config.near_duplicates
 
     def count(table: pa.Table) -> pa.Table:
         return count_sentences(_by_tile(table).values(), with_signatures=similarity > 0)
 
-    tables: list[pa.Table] = ray.get(_map_files(captions, count).to_arrow_refs())
-    counts = [table for table in tables if table.num_rows]
+    counts = dataflow.collect(_map_files(captions, count))
     return frozenset(frequent_keys(counts, config.max_tiles_per_sentence, similarity).to_pylist()) if counts else frozenset()
 
 
@@ -174,9 +168,8 @@ def place_of(tile: dict[str, Any]) -> Place:
     lon, lat, west, east, width = (tile[name] for name in PLACE_COLUMNS[2:])
     if None in (lat, west, east) or not width:
         return Place(tile["region"], lon, lat)
-    metres, _ = metres_per_degree(np.array([lat]))
-    side_m = (east - west) * float(metres[0])
-    return Place(tile["region"], lon, lat, side_m / width, side_m)
+    m_per_px = ground_resolution_m(lat, west, east, width)
+    return Place(tile["region"], lon, lat, m_per_px, m_per_px * width)
 
 
 def _refined(by_tile: dict[str, list[str]], places: dict[str, Place], config: RefineConfig, standard: Standard) -> pa.Table:

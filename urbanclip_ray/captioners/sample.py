@@ -36,7 +36,7 @@ def draw_tiles(tiles: Dataset, tile_ids: Sequence[str], num_tiles: int) -> pa.Ta
         return batch.filter(pc.is_in(batch["tile_id"], value_set=drawn))
 
     rows = dataflow.read(tiles, TILE_COLUMNS)
-    return _collect(dataflow.map_tables(rows, keep, batch_size=1024)).sort_by("tile_id")
+    return pa.concat_tables(dataflow.collect(dataflow.map_tables(rows, keep, batch_size=1024))).sort_by("tile_id")
 
 
 def caption_sample(tiles: pa.Table, work: CaptionWork) -> pa.Table:
@@ -56,12 +56,7 @@ def describe_tiles(tiles: pa.Table, work: CaptionWork, actor: type[CaptionBatch]
     size = work.config.tiles_per_batch
     rows = ray.data.from_arrow([tiles.slice(at, size) for at in range(0, tiles.num_rows, size)])
     if work.model is None:
-        return _collect(describe_rows(rows, work, actor))
+        return pa.concat_tables(dataflow.collect(describe_rows(rows, work, actor)))
     prompts = pc.unique(pc.list_flatten(tiles["prompts"])).to_pylist()
     with job_in([work.store_of(prompt) for prompt in prompts], work) as named:
-        return _collect(describe_rows(rows, named, actor))
-
-
-def _collect(rows: ray.data.Dataset) -> pa.Table:
-    tables: list[pa.Table] = ray.get(rows.to_arrow_refs())
-    return pa.concat_tables([table for table in tables if table.num_rows])  # an empty block may have no columns
+        return pa.concat_tables(dataflow.collect(describe_rows(rows, named, actor)))

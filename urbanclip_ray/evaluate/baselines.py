@@ -9,11 +9,10 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
 from PIL import Image
 
 from urbanclip_ray.config import PixelsConfig
-from urbanclip_ray.dataflow import map_tables, read
+from urbanclip_ray.dataflow import collect, map_tables, read
 from urbanclip_ray.evaluate.regression import ProbeData
 from urbanclip_ray.imagery import TileImageError, crop_margins, decode, to_square
 from urbanclip_ray.storage import Dataset
@@ -56,7 +55,7 @@ def colour_table(tiles: Dataset, pixels: PixelsConfig) -> pa.Table:
     In no particular order. Raises :class:`imagery.TileImageError` naming a tile that cannot be decoded or cropped.
     """
     rows = map_tables(read(tiles, ["tile_id", "image", "error"]), partial(_describe, pixels=pixels), batch_size=TILES_PER_BATCH)
-    return pa.concat_tables(ray.get(rows.to_arrow_refs()))
+    return pa.concat_tables(collect(rows))
 
 
 def unit_vectors(lon: np.ndarray, lat: np.ndarray) -> np.ndarray:

@@ -15,6 +15,12 @@ def distance_m(lon: np.ndarray, lat: np.ndarray, other_lon: np.ndarray, other_la
     return np.asarray(length_m)
 
 
+def ground_resolution_m(lat: float, west: float, east: float, width_px: int) -> float:
+    """Metres of ground in a pixel, from west to east, of a tile of this width at this latitude."""
+    metres, _ = metres_per_degree(np.array(lat))
+    return float(metres) * (east - west) / width_px
+
+
 def metres_per_degree(lat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Metres in a degree of longitude and in one of latitude at these latitudes, float64 [points] each."""
     radians = np.radians(lat)
