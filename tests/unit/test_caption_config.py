@@ -114,7 +114,7 @@ def test_what_is_asked_is_content_and_its_name_is_not():
         ({"endpoint": "https://host/v1?key=secret"}, "without keys, user names and queries"),
         ({"endpoint": "ftp://host/v1"}, "https://host/v1"),
         ({"endpoint": "file:///etc/passwd"}, "https://host/v1"),
-        ({"api_key_variable": "sk-123"}, "the key itself has no place here"),
+        ({"api_key_variable": "sk-123"}, "the key or secret itself has no place here"),
         ({"decoding": {"num_beams": 2}}, "num_beams=1"),
     ],
 )
