@@ -20,41 +20,48 @@ from urbanclip_ray.storage import Dataset
 
 LOW_CONSISTENCY = "low consistency"
 TEXTS_PER_FORWARD = 256
-SCORES = pa.schema([pa.field("tile_id", pa.string()), pa.field("scores", pa.list_(pa.float32()))])
+TEXTS = pa.schema([pa.field("tile_id", pa.string()), pa.field("texts", pa.list_(pa.string()))])
+SCORES = pa.schema(
+    [pa.field("tile_id", pa.string()), pa.field("region", pa.string()), pa.field("scores", pa.list_(pa.float32()))]
+)
+ROWS_PER_TASK = 8192  # every task builds an index of all scored tiles
 
 
 def reject_inconsistent(
-    pairs: pa.Table, tiles: Dataset, weights_uri: str, config: ConsistencyConfig, pixels: PixelsConfig
-) -> tuple[pa.Table, dict[str, Any]]:
+    pairs: ray.data.Dataset, tiles: Dataset, weights_uri: str, config: ConsistencyConfig, pixels: PixelsConfig
+) -> tuple[ray.data.Dataset, dict[str, Any]]:
     """`pairs` in SCORED_PAIRS, its sentences of low scores rejected, and what is to be said of it in the manifest."""
+    pairs = pairs.materialize()  # read for the scores, and again to apply them
     scores = score_sentences(pairs, tiles, weights_uri, config, pixels)
-    ids = tiles.read(["tile_id", "region"])
-    regions = dict(zip(ids["tile_id"].to_pylist(), ids["region"].to_pylist(), strict=True))
-    bounds = find_thresholds(scores, regions, config)
-    rows = [_apply(row, scores.get(row["tile_id"], []), bounds[regions[row["tile_id"]]]) for row in pairs.to_pylist()]
-    columns = {name: [row[name] for row in rows] for name in SCORED_PAIRS.names}
-    return dataflow.conform(columns, SCORED_PAIRS), {"weights": weights_uri, "least_score_kept": bounds}
+    bounds = find_thresholds(scores, config)
+    shared = ray.put(scores)
+
+    def apply(rows: pa.Table) -> pa.Table:
+        return apply_thresholds(rows, ray.get(shared), bounds)
+
+    judged = dataflow.map_tables(pairs, apply, batch_size=ROWS_PER_TASK)
+    return judged, {"weights": weights_uri, "least_score_kept": bounds}
 
 
-def find_thresholds(scores: dict[str, list[float]], regions: dict[str, str], config: ConsistencyConfig) -> dict[str, float]:
+def find_thresholds(scores: pa.Table, config: ConsistencyConfig) -> dict[str, float]:
     """The least score that is kept, by region: `min_score`, or that of the last of its `top_share` best sentences."""
-    by_region: dict[str, list[float]] = {region: [] for region in sorted(set(regions.values()))}
-    for tile_id, values in scores.items():
-        by_region[regions[tile_id]] += values
+    values = pc.list_flatten(scores["scores"]).to_numpy()
+    regions = scores["region"].take(pc.list_parent_indices(scores["scores"])).to_numpy(zero_copy_only=False)
     bounds = {}
-    for region, values in by_region.items():
-        num_kept = int(np.ceil(config.top_share * len(values)))
-        last = sorted(values, reverse=True)[num_kept - 1] if values else config.min_score
+    for region in sorted(set(regions)):
+        best_first = np.sort(values[regions == region])[::-1]
+        last = float(best_first[int(np.ceil(config.top_share * len(best_first))) - 1])
         bounds[region] = max(config.min_score, last) if config.top_share < 1 else config.min_score
     return bounds
 
 
 def score_sentences(
-    pairs: pa.Table, tiles: Dataset, weights_uri: str, config: ConsistencyConfig, pixels: PixelsConfig
-) -> dict[str, list[float]]:
-    """By tile id the scores of its sentences, in order; tiles without a sentence are not shown to the model."""
-    texts = pairs.filter(pc.greater(pc.list_value_length(pairs["texts"]), 0)).select(["tile_id", "texts"])
-    rows = dataflow.read_for_actors(tiles, ["tile_id", "image"]).map_batches(
+    pairs: ray.data.Dataset, tiles: Dataset, weights_uri: str, config: ConsistencyConfig, pixels: PixelsConfig
+) -> pa.Table:
+    """Scores of every tile's sentences, in order, in SCORES; tiles without a sentence are not shown to the model."""
+    texts = pa.concat_tables([TEXTS.empty_table(), *dataflow.collect(pairs.select_columns(TEXTS.names))])
+    texts = texts.filter(pc.greater(pc.list_value_length(texts["texts"]), 0))
+    rows = dataflow.read_for_actors(tiles, ["tile_id", "region", "image"]).map_batches(
         ScoreBatch,
         fn_constructor_kwargs={"weights_uri": weights_uri, "texts": ray.put(texts), "pixels": pixels},
         batch_size=config.tiles_per_batch,
@@ -62,7 +69,18 @@ def score_sentences(
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.num_actors),
         **dataflow.actor_options(config.gpus_per_actor),
     )
-    return {row["tile_id"]: row["scores"] for table in dataflow.collect(rows) for row in table.to_pylist()}
+    return pa.concat_tables([SCORES.empty_table(), *dataflow.collect(rows)]).combine_chunks()
+
+
+def apply_thresholds(pairs: pa.Table, scores: pa.Table, bounds: dict[str, float]) -> pa.Table:
+    """PAIRS with the scores of their sentences, in SCORED_PAIRS; those below their region's bound are rejected."""
+    places = pc.index_in(pairs["tile_id"], value_set=scores["tile_id"])
+    scored = scores.select(["region", "scores"]).take(places).to_pylist()
+    rows = [
+        _apply(row, item["scores"] or [], bounds.get(item["region"], 0.0))  # a row without sentences has neither
+        for row, item in zip(pairs.to_pylist(), scored, strict=True)
+    ]
+    return dataflow.conform({name: [row[name] for row in rows] for name in SCORED_PAIRS.names}, SCORED_PAIRS)
 
 
 def _apply(row: dict[str, Any], scores: list[float], least: float) -> dict[str, Any]:
@@ -89,26 +107,31 @@ class ScoreBatch:
         self._model = load_image_text(weights_uri)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model.module.to(self._device)
-        table = ray.get(texts)
-        self._texts = dict(zip(table["tile_id"].to_pylist(), table["texts"].to_pylist(), strict=True))
+        self._texts = ray.get(texts)  # lies in Ray's shared memory, of which an actor keeps the places of the tiles alone
+        self._places = {tile_id: place for place, tile_id in enumerate(self._texts["tile_id"].to_pylist())}
         self._pixels = pixels
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         from urbanclip_ray.imagery import crop_margins, decode, to_square
 
         px = self._model.image_px
-        batch = batch.filter(pc.is_in(batch["tile_id"], value_set=pa.array(self._texts, pa.string())))
+        has_text = [tile_id in self._places for tile_id in batch["tile_id"].to_pylist()]
+        batch = batch.filter(pa.array(has_text, pa.bool_()))
         if batch.num_rows == 0:
             return SCORES.empty_table()
         images = [to_square(crop_margins(decode(image), self._pixels), px) for image in batch["image"].to_pylist()]
         tile_ids = batch["tile_id"].to_pylist()
-        texts = [self._texts[tile_id] for tile_id in tile_ids]
+        texts = self._texts["texts"].take([self._places[tile_id] for tile_id in tile_ids]).to_pylist()
         image = self._encode_images(np.array(images, np.uint8))
         text = self._encode_texts([sentence for sentences in texts for sentence in sentences])
         places = np.repeat(np.arange(len(texts)), [len(sentences) for sentences in texts])
         cosines = (image[places] * text).sum(axis=1)
         ends = np.cumsum([len(sentences) for sentences in texts])[:-1]
-        columns = {"tile_id": tile_ids, "scores": [part.tolist() for part in np.split(cosines, ends)]}
+        columns = {
+            "tile_id": tile_ids,
+            "region": batch["region"],
+            "scores": [part.tolist() for part in np.split(cosines, ends)],
+        }
         return dataflow.conform(columns, SCORES)
 
     def _encode_images(self, pixels: np.ndarray) -> np.ndarray:

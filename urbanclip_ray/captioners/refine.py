@@ -110,12 +110,10 @@ def refine_captions(captions: Dataset, config: RefineConfig, publication: Public
     if config.consistency.weights and work.tiles is not None:
         from urbanclip_ray.captioners.consistency import reject_inconsistent
 
-        refined = pa.concat_tables([PAIRS.empty_table(), *dataflow.collect(rows)])
-        pairs, facts = reject_inconsistent(refined, work.tiles, work.weights_uri, config.consistency, work.pixels)
-        publication.write_table(pairs)
-        publication.facts["consistency"] = facts
-    else:
-        dataflow.write(rows, publication)
+        rows, publication.facts["consistency"] = reject_inconsistent(
+            rows, work.tiles, work.weights_uri, config.consistency, work.pixels
+        )
+    dataflow.write(rows, publication)
     _count(publication)
     if frequent:
         publication.facts["sentences_in_too_many_tiles"] = len(frequent)

@@ -11,7 +11,7 @@ import torch
 from images import noise_png
 from PIL import Image
 
-from urbanclip_ray.captioners.consistency import LOW_CONSISTENCY, find_thresholds
+from urbanclip_ray.captioners.consistency import LOW_CONSISTENCY, SCORES, find_thresholds
 from urbanclip_ray.captioners.refine import RefineWork, refine_captions
 from urbanclip_ray.config import ConfigError, ConsistencyConfig, ModelConfig, PixelsConfig, RefineConfig
 from urbanclip_ray.model.architectures import open_clip_config
@@ -101,13 +101,14 @@ def test_a_threshold_rejects_in_every_region(datasets, weights, tmp_path, ray_cl
 
 
 def test_thresholds_take_the_stricter_of_score_and_share():
-    scores = {"a/1": [0.1, 0.5], "a/2": [0.3, 0.4], "b/1": [0.2]}
-    regions = {"a/1": "a", "a/2": "a", "b/1": "b", "c/1": "c"}
+    rows = [("a/1", "a", [0.125, 0.5]), ("a/2", "a", [0.25, 0.375]), ("b/1", "b", [0.125])]
+    scores = pa.Table.from_pylist([dict(zip(SCORES.names, row, strict=True)) for row in rows], schema=SCORES)
     half = ConsistencyConfig(weights="w", top_share=0.5)
-    assert find_thresholds(scores, regions, half) == {"a": 0.4, "b": 0.2, "c": -1.0}
+    assert find_thresholds(scores, half) == {"a": 0.375, "b": 0.125}
     both = ConsistencyConfig(weights="w", top_share=0.5, min_score=0.45)
-    assert find_thresholds(scores, regions, both) == {"a": 0.45, "b": 0.45, "c": 0.45}
-    assert find_thresholds(scores, regions, ConsistencyConfig(weights="w")) == {"a": -1.0, "b": -1.0, "c": -1.0}
+    assert find_thresholds(scores, both) == {"a": 0.45, "b": 0.45}
+    assert find_thresholds(scores, ConsistencyConfig(weights="w")) == {"a": -1.0, "b": -1.0}
+    assert find_thresholds(SCORES.empty_table(), half) == {}
 
 
 def test_a_share_without_weights_is_refused():
