@@ -132,6 +132,7 @@ def node_of_another_host(address: str, environment: dict[str, str], folder: Path
         node.terminate()
 
 
+@pytest.mark.slow
 def test_local_paths_on_two_hosts_are_refused(city, tmp_path):
     environment = clean_environment(RAY_AUTH_MODE="disabled")
     with several_nodes(1, environment) as address, node_of_another_host(address, environment, tmp_path):

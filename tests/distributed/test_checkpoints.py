@@ -128,6 +128,7 @@ def train_on_after_save(root: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_save_returns_at_once_and_does_not_see_later_steps(tmp_path):
     for rank in run_ranks(train_on_after_save, 2, str(tmp_path)):
         assert rank == {"in_background": True, "changed": True, "equal": True, "history": [{"step": 1}]}
@@ -217,6 +218,7 @@ def test_a_process_ends_though_files_of_another_rank_are_missing(tmp_path):
     assert time.monotonic() - before < 60
 
 
+@pytest.mark.slow
 def test_a_process_killed_half_way_through_an_upload_leaves_nothing_that_is_loaded(tmp_path):
     root = tmp_path / "checkpoints"
     process = multiprocessing.get_context("spawn").Process(target=write_large_alone, args=(str(root), [1, 2], str(tmp_path)))

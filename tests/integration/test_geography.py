@@ -94,6 +94,7 @@ def test_a_scene_becomes_tiles_with_labels_and_other_labels_leave_the_tiles(tmp_
     assert second.manifest.facts["rasters"]["people"]["most_tiles_in_a_cell"] > 10
 
 
+@pytest.mark.slow
 def test_a_scene_and_a_raster_are_read_from_s3_through_its_store(s3_server, tmp_path, monkeypatch):
     owner = s3_server.add_user("geographer")
     client = s3_server.client(owner)
@@ -140,6 +141,7 @@ def test_a_mistake_is_one_line_and_no_traceback(tmp_path, item, message):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_raster_of_another_place_is_refused_by_name(tmp_path):
     write_ground(tmp_path)
     write_geotiff(tmp_path / "people.tif", np.ones((1, 4, 4), np.float32), left=LEFT + 500_000, top=TOP)

@@ -281,6 +281,7 @@ def without_aws(monkeypatch, keys: Keys) -> None:
     monkeypatch.setenv("PRIVATE_SECRET", keys.secret)
 
 
+@pytest.mark.slow
 def test_a_job_reads_a_public_bucket_without_keys_and_writes_a_private_one(s3_server, owner, public_city, monkeypatch):
     without_aws(monkeypatch, owner)
     result = run_job("ingest", *city_options(public_city, f"s3://{BUCKET}/stores"), *public_and_private(s3_server))

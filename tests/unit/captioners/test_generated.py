@@ -156,6 +156,7 @@ def test_the_plan_of_a_captioner_without_a_store(tiles):
     assert (plan.num_captions, plan.num_stored, plan.num_timed) == (10, 0, 3)
 
 
+@pytest.mark.slow
 def test_every_prompt_gives_a_caption_in_order_and_keeps_its_store_when_others_come(tiles, vision_language_models, tmp_path):
     own = {"river": "a wide river", "trees": "forest", "where": "near {city}"}
     model = str(vision_language_models["blip"])
