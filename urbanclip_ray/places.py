@@ -22,6 +22,7 @@ def list_places(config: RunConfig) -> dict[str, str]:
         "caption.model": config.caption.model if _is_model_directory(config) else "",
         "refine.rules_file": config.refine.rules_file,
         "refine.consistency.weights": _split_place(config.refine.consistency.weights)[1],
+        **{f"pack.also[{number}]": uri for number, uri in enumerate(config.pack.also)},
         "model.pretrained": config.model.pretrained if config.model.pretrained_is_file else "",
         "embed.weights": "" if config.embed.weights == NO_WEIGHTS else config.embed.weights,
         "baselines.resnet18_weights": config.baselines.resnet18_weights,
@@ -57,12 +58,13 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     before, place, after = _split_place(config.refine.consistency.weights)
     consistency = config.refine.consistency.model_copy(update={"weights": "".join((before, absolute(place), after))})
     refine = config.refine.model_copy(update={"rules_file": absolute(config.refine.rules_file), "consistency": consistency})
+    pack = config.pack.model_copy(update={"also": tuple(absolute(uri) for uri in config.pack.also)})
     report = config.report.model_copy(update={"experiment": absolute(config.report.experiment)})
     rasters = {name: raster.model_copy(update={"uri": absolute(raster.uri)}) for name, raster in config.labels.rasters.items()}
     labels = config.labels.model_copy(update={"csv": absolute(config.labels.csv), "rasters": rasters})
     changed: dict[str, Any] = {"storage": absolute(config.storage), "source": source, "labels": labels, "model": model}
     changed |= {"caption": caption, "refine": refine, "embed": embed, "baselines": baselines}
-    changed["report"] = report
+    changed |= {"report": report, "pack": pack}
     return config.model_copy(update=changed)
 
 
@@ -90,16 +92,31 @@ def find_weights(uri: str) -> str:
     baseline = after.removeprefix("#")
     if before:
         return uri
-    if exists(run_file := join(place, "run.json")):
-        current = json.loads(read_bytes(run_file))["datasets"]
-        stage = f"trained_{baseline}" if baseline else "pretrain"
-        if stage not in current:
-            raise ConfigError(f"{uri}: that run has no {stage}; it has {', '.join(current)}")
-        place = join(place, current[stage])
+    if _is_run(place):
+        place = _place_in_run(place, f"trained_{baseline}" if baseline else "pretrain")
     elif baseline:
         raise ConfigError(f"{uri}: {place} is no run with a run.json, so it has no baseline {baseline!r}")
     dataset = find_dataset(place)
     return weights_folder(dataset) if dataset else place
+
+
+def find_shards(uri: str) -> Dataset:
+    """The packed shards behind a URI: a run stands for its own."""
+    dataset = find_dataset(_place_in_run(uri, "shards") if _is_run(uri) else uri)
+    if dataset is None or dataset.manifest.stage != "shards":
+        raise ConfigError(f"pack.also: {uri} is neither a run nor its packed shards: name RUN, a folder with a run.json")
+    return dataset
+
+
+def _is_run(uri: str) -> bool:
+    return exists(join(uri, "run.json"))
+
+
+def _place_in_run(run: str, stage: str) -> str:
+    current = json.loads(read_bytes(join(run, "run.json")))["datasets"]
+    if stage not in current:
+        raise ConfigError(f"{run}: that run has no {stage}; it has {', '.join(current)}")
+    return join(run, current[stage])
 
 
 def weights_folder(trained: Dataset) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urbanclip_ray.captioners.model_files import ModelReference, resolve_model
 from urbanclip_ray.config import NO_WEIGHTS, RunConfig
 from urbanclip_ray.filesystems import use_stores
-from urbanclip_ray.places import find_weights, list_places, weights_folder, with_absolute_paths
+from urbanclip_ray.places import find_shards, find_weights, list_places, weights_folder, with_absolute_paths
 from urbanclip_ray.sources import open_source
 from urbanclip_ray.storage import Dataset, Publication, join
 from urbanclip_ray.terminal import open_console
@@ -84,6 +84,11 @@ class Run:
         from urbanclip_ray.model.image_text import load_image_text
 
         return load_image_text(find_weights(self.config.refine.consistency.weights)).digest
+
+    @cached_property
+    def borrowed_shards(self) -> list[Dataset]:
+        """The shards of other runs that `pack.also` names; ConfigError for what is none."""
+        return [find_shards(uri) for uri in self.config.pack.also]
 
     @cached_property
     def start(self) -> str:
@@ -200,7 +205,12 @@ def _shards(run: Run, publication: Publication) -> None:
     from urbanclip_ray.train.pack import pack_shards
 
     (tiles, pairs, splits), split = (run.datasets[name] for name in ("tiles", "pairs", "splits")), run.config.split
-    pack_shards(tiles, pairs, splits, split.outer, run.config.pack, publication, split.transductive)
+    pack_shards(tiles, pairs, splits, split.outer, run.config.pack, publication, split.transductive, run.borrowed_shards)
+
+
+def _shards_content(run: Run) -> dict[str, Any]:
+    content: dict[str, Any] = {"pack": run.config.pack.content(), "outer": run.config.split.outer}
+    return content | ({"also": [shards.sha256 for shards in run.borrowed_shards]} if run.config.pack.also else {})
 
 
 def _pretrain(run: Run, publication: Publication) -> None:
@@ -324,7 +334,7 @@ STAGES: tuple[Stage, ...] = (
         "shards",
         "pack",
         ("tiles", "pairs", "splits"),
-        lambda run: {"pack": run.config.pack.content(), "outer": run.config.split.outer},
+        _shards_content,
         _shards,
         lambda run: run.pretrains,
     ),

@@ -62,7 +62,7 @@ ENTRIES = {  # of the command line, for jobs
 }
 NOT_RAY_ITSELF = {  # but what dataflow makes of it
     *("urbanclip_ray.preflight", "urbanclip_ray.command_line"),
-    *("urbanclip_ray.evaluate.probe", "urbanclip_ray.evaluate.baselines"),
+    *("urbanclip_ray.train.borrowed", "urbanclip_ray.evaluate.probe", "urbanclip_ray.evaluate.baselines"),
 }
 
 

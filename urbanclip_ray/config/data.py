@@ -73,3 +73,6 @@ class PackConfig(Section):
 
     seed: int = 0
     rows_per_file: int = Field(default=1024, ge=1)
+    # Runs, or shards of runs, whose training rows join these: a city described by people beside one described by a model.
+    # What lies there is fingerprinted. Validation and test stay this run's own.
+    also: tuple[str, ...] = execution(())
