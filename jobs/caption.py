@@ -2,7 +2,7 @@
 
 example: python jobs/caption.py --recipe own_tiles --set source.uri=my_tiles --set caption.captioner=land_cover
 
-With a model (--set caption.captioner=transformers --set caption.model=...), what is generated is kept in
+With a model (--set caption.captioner=transformers --set caption.model=..., or coca and a run), what is generated is kept in
 <storage>/caption_store: --plan says how much is missing, --status how far a job is that runs or was stopped, --preview shows a
 sample, and none of them makes the dataset. jobs/caption_store.py looks after the store itself.
 """

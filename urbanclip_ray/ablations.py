@@ -26,7 +26,7 @@ def ablations(base: RunConfig) -> dict[str, RunConfig]:
     }
     other_mode = "paragraph" if train.text_mode == "sentence" else "sentence"
     arms[other_mode] = {"train": {"text_mode": other_mode}}
-    if caption.uses_model:
+    if caption.takes_prompt:
         arms |= {f"aspect_{name}": {"caption": {"prompts": (name,)}} for name in ASPECTS}
     if caption.captioner != "land_cover":
         arms["captioner_land_cover"] = {"caption": {"captioner": "land_cover"}}

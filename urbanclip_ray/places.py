@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from urbanclip_ray.captioners.model_files import is_directory
-from urbanclip_ray.config import NO_WEIGHTS, ConfigError, PairsSource, RunConfig, UrbanClipSource, WorldSource
+from urbanclip_ray.config import NO_WEIGHTS, CaptionConfig, ConfigError, PairsSource, RunConfig, UrbanClipSource, WorldSource
 from urbanclip_ray.storage import Dataset, absolute, exists, find_dataset, join, read_bytes
 
 
@@ -19,7 +19,7 @@ def list_places(config: RunConfig) -> dict[str, str]:
         "source.pixels": getattr(config.source, "pixels", ""),
         "labels.csv": config.labels.csv,
         **{f"labels.rasters.{name}": raster.uri for name, raster in config.labels.rasters.items()},
-        "caption.model": config.caption.model if _is_model_directory(config) else "",
+        "caption.model": _split_model(config.caption)[1],
         "refine.rules_file": config.refine.rules_file,
         "refine.consistency.weights": _split_place(config.refine.consistency.weights)[1],
         **{f"pack.also[{number}]": uri for number, uri in enumerate(config.pack.also)},
@@ -30,10 +30,6 @@ def list_places(config: RunConfig) -> dict[str, str]:
         "report.experiment": config.report.experiment,
     }
     return {key: value for key, value in values.items() if value}
-
-
-def _is_model_directory(config: RunConfig) -> bool:
-    return config.caption.has_weights and is_directory(config.caption.model)
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -48,15 +44,13 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     if model.pretrained_is_file:
         model = model.model_copy(update={"pretrained": absolute(model.pretrained)})
     weights = config.embed.weights
-    also = {name: "".join((before, absolute(place), after)) for name, (before, place, after) in _split_places(config).items()}
+    also = {name: _make_absolute(_split_place(uri)) for name, uri in config.embed.also.items()}
     embed = config.embed.model_copy(update={"weights": weights if weights == NO_WEIGHTS else absolute(weights), "also": also})
     start = config.baselines.resnet18_weights
     baselines = config.baselines.model_copy(update={"resnet18_weights": absolute(start)})
-    caption = config.caption
-    if _is_model_directory(config):
-        caption = caption.model_copy(update={"model": absolute(caption.model)})
-    before, place, after = _split_place(config.refine.consistency.weights)
-    consistency = config.refine.consistency.model_copy(update={"weights": "".join((before, absolute(place), after))})
+    caption = config.caption.model_copy(update={"model": _make_absolute(_split_model(config.caption))})
+    scored_by = _make_absolute(_split_place(config.refine.consistency.weights))
+    consistency = config.refine.consistency.model_copy(update={"weights": scored_by})
     refine = config.refine.model_copy(update={"rules_file": absolute(config.refine.rules_file), "consistency": consistency})
     pack = config.pack.model_copy(update={"also": tuple(absolute(uri) for uri in config.pack.also)})
     report = config.report.model_copy(update={"experiment": absolute(config.report.experiment)})
@@ -66,10 +60,6 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     changed |= {"caption": caption, "refine": refine, "embed": embed, "baselines": baselines}
     changed |= {"report": report, "pack": pack}
     return config.model_copy(update=changed)
-
-
-def _split_places(config: RunConfig) -> dict[str, tuple[str, str, str]]:
-    return {name: _split_place(uri) for name, uri in config.embed.also.items()}
 
 
 def _split_place(uri: str) -> tuple[str, str, str]:
@@ -82,6 +72,19 @@ def _split_place(uri: str) -> tuple[str, str, str]:
         return f"{architecture}@", uri, ""
     uri, hash_mark, name = uri.partition("#")
     return before, uri, f"{hash_mark}{name}"
+
+
+def _split_model(caption: CaptionConfig) -> tuple[str, str, str]:
+    """The same of `caption.model`, which has no place where it is a name on the hub or of an endpoint."""
+    if caption.captioner == "coca":
+        return _split_place(caption.model)
+    is_place = caption.has_weights and is_directory(caption.model)
+    return ("", caption.model, "") if is_place else (caption.model, "", "")
+
+
+def _make_absolute(parts: tuple[str, str, str]) -> str:
+    before, place, after = parts
+    return "".join((before, absolute(place), after))
 
 
 def find_weights(uri: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from urbanclip_ray.captioners.coca import identify_weights
 from urbanclip_ray.captioners.model_files import ModelReference, resolve_model
 from urbanclip_ray.config import NO_WEIGHTS, RunConfig
 from urbanclip_ray.filesystems import use_stores
@@ -68,7 +69,10 @@ class Run:
 
     @cached_property
     def caption_model(self) -> ModelReference | None:
-        return resolve_model(self.config.caption) if self.config.caption.uses_model else None
+        caption = self.config.caption
+        if caption.captioner == "coca":
+            return identify_weights(find_weights(caption.model))
+        return resolve_model(caption) if caption.uses_model else None
 
     @cached_property
     def rules(self) -> Rules | None:

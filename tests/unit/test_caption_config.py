@@ -11,6 +11,7 @@ from urbanclip_ray.config import CaptionConfig
 from urbanclip_ray.config.prompts import FIELDS, PromptFieldError, check_template, fill_template, packaged_prompts
 
 MODEL = {"captioner": "transformers", "model": "m"}
+COCA = {"captioner": "coca", "model": "w"}
 ENDPOINT = {"captioner": "openai", "model": "m", "revision": "r", "endpoint": "https://host/v1"}
 EVERYTHING = {"city": "Basel", "width_m": "610", "ground_resolution_m": "2.4"}
 
@@ -126,3 +127,29 @@ def test_an_endpoint_is_described_in_full_and_without_secrets(keys, message):
 def test_how_an_endpoint_is_asked_is_not_content():
     other = {"endpoint": "http://h:1/v1", "api_key_variable": "", "requests_per_minute": 9, "concurrent_requests": 1}
     assert CaptionConfig(**ENDPOINT).content() == CaptionConfig(**ENDPOINT | other | {"request_timeout_s": 1}).content()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"model": ""}, "needs caption.model: a run, a pretraining, or a folder"),
+        ({"revision": "main"}, "are known by their content; leave it out"),
+        ({"prompt": "What is there?"}, "is asked nothing.*leave out caption.prompts and caption.prompt"),
+        ({"prompts": ("roads",)}, "is asked nothing"),
+        ({"device_map": "auto"}, "leave out caption.device_map"),
+        ({"decoding": {"num_beams": 2, "temperature": 1.0}}, "set caption.decoding.temperature=0, or num_beams=1"),
+    ],
+)
+def test_keys_that_mean_nothing_to_a_coca_are_refused_with_what_to_do(keys, message):
+    with pytest.raises(ValidationError, match=message):
+        CaptionConfig(**COCA | keys)
+
+
+def test_a_coca_is_asked_nothing_and_its_prompt_is_not_content():
+    config = CaptionConfig(**COCA)
+    assert config.asked() == ("",)
+    assert config.content() == CaptionConfig(**COCA | {"model": "elsewhere", "prompt": ""}).content()
+    assert config.content() != CaptionConfig(**COCA, decoding={"num_beams": 2}).content()
+    assert config.has_weights
+    assert not config.takes_prompt
+    assert CaptionConfig(**MODEL).takes_prompt

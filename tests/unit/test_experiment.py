@@ -56,6 +56,11 @@ def test_a_captioner_that_is_asked_is_asked_about_one_aspect_at_a_time():
     assert len(set(asked.values())) == len(asked) == 5
 
 
+def test_a_coca_is_asked_nothing_and_its_run_has_no_arms_of_aspects():
+    base = apply_overrides(load_recipe("world_demo"), ["caption.captioner=coca", "caption.model=weights"])
+    assert not [name for name in ablations(base) if name.startswith("aspect_")]
+
+
 def test_arms_that_would_not_differ_or_could_not_learn_are_left_out():
     assert "captioner_land_cover" not in ablations(load_recipe("world_demo"))
     base = apply_overrides(load_recipe("world_demo"), ["train.caption_weight=0"])

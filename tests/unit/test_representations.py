@@ -133,6 +133,9 @@ def test_relative_paths_of_weights_become_absolute_inside_their_uri(config, tmp_
     run = Run(apply_overrides(config, [f"embed.also={{remote: '{given}'}}"]))
     assert run.config.embed.also["remote"] == given.replace(place, str(tmp_path / place))
     assert list_places(run.config)["embed.also.remote"] == str(tmp_path / place)
+    run = Run(apply_overrides(config, ["caption.captioner=coca", f"caption.model={given}"]))
+    assert run.config.caption.model == given.replace(place, str(tmp_path / place))
+    assert list_places(run.config)["caption.model"] == str(tmp_path / place)
 
 
 @pytest.mark.parametrize(

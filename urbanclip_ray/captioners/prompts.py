@@ -31,7 +31,7 @@ def fill_prompts(tiles: pa.Table, config: CaptionConfig, pixels: PixelsConfig) -
     The array has each tile's places in the list, [tiles, prompts of a tile], in the config's order.
     """
     if not config.prompts:
-        return [FilledPrompt(config.prompt)], np.zeros((tiles.num_rows, 1), np.int32)
+        return [FilledPrompt(prompt) for prompt in config.asked()], np.zeros((tiles.num_rows, 1), np.int32)
     place_of: dict[FilledPrompt, int] = {}
     places = np.zeros((tiles.num_rows, len(config.asked())), np.int32)
     rows = (row for batch in tiles.select(METADATA_COLUMNS).to_batches(ROWS_PER_BATCH) for row in batch.to_pylist())
@@ -45,7 +45,7 @@ def fill_prompts(tiles: pa.Table, config: CaptionConfig, pixels: PixelsConfig) -
 def prompts_of(tile: Mapping[str, Any], config: CaptionConfig, pixels: PixelsConfig) -> list[str | PromptFieldError]:
     """The prompts for one tile (`METADATA_COLUMNS`) in the config's order; an error stands for one that cannot be filled."""
     if not config.prompts:
-        return [config.prompt]  # as it stands: braces in it are braces
+        return list(config.asked())  # as it stands: braces in it are braces
     known = describe_metadata(tile, pixels)
     return [_filled(template, known) for template in config.asked()]
 

@@ -35,22 +35,23 @@ class CaptionConfig(Section):
     """Who describes the tiles.
 
     `given`: the source itself, and a `model` of the transformers library, where one is named, for tiles that the source
-    describes with no word; `land_cover`: the rule-based baseline; `transformers`: an image-text-to-text model of that library;
-    `vllm`: one that vLLM runs on GPUs; `openai`: a model behind an OpenAI-compatible endpoint. The keys from `model` on are
-    of such a model.
+    describes with no word; `land_cover`: the rule-based baseline; `coca`: a CoCa that was pretrained here, or published in
+    open_clip's files; `transformers`: an image-text-to-text model of that library; `vllm`: one that vLLM runs on GPUs;
+    `openai`: a model behind an OpenAI-compatible endpoint. The keys from `model` on are of such a model.
     """
 
-    captioner: Literal["given", "land_cover", "transformers", "openai", "vllm"] = "land_cover"
+    captioner: Literal["given", "land_cover", "coca", "transformers", "openai", "vllm"] = "land_cover"
     max_error_share: float = Field(default=0.05, ge=0, le=1)
     # A model id of the Hugging Face hub with a revision, or a directory (a path or a URI), whose revision is its content.
-    # What they stand for takes part in digests, not where it lies. For `openai`: the endpoint's name for the model.
+    # What they stand for takes part in digests, not where it lies. For `openai`: the endpoint's name for the model. For
+    # `coca`, without a revision: a run, a pretraining, a folder of weights, or ARCHITECTURE@FILE.
     model: str = execution("")
     revision: str = execution("")  # of a hub model: a commit, tag or branch; for `openai`: any name for the weights behind it
-    # Models without a chat template take it as it stands: BLIP continues it, and is often best with none.
+    # `coca` takes none. Models without a chat template take it as it stands: BLIP continues it, and is often best with none.
     prompt: str = "Describe the land use, buildings, roads, water and green areas of this satellite image in a few sentences."
     prompts: tuple[str, ...] = ()  # names of templates, one description for each, in this order; in the place of `prompt`
     templates: dict[str, str] = Field(default={})  # of your own, by name; what a text may hold is said in config/prompts.yaml
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: what the weights were saved in
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: what the weights were saved in; `coca`: fp32
     decoding: DecodingConfig = DecodingConfig()
     device_map: str = execution("")  # empty: the whole model on the actor's one device; auto spreads it (needs accelerate)
     gpus_per_actor: float = execution(0.0, ge=0)
@@ -88,20 +89,48 @@ class CaptionConfig(Section):
             )
         if self.captioner in ("openai", "vllm") and self.decoding.num_beams > 1:
             raise ValueError(f"caption.captioner={self.captioner} has no beam search: set caption.decoding.num_beams=1")
+        if self.captioner == "coca":
+            self._check_coca()
         self.asked()
         return self
 
+    def _check_coca(self) -> None:
+        if not self.model:
+            raise ValueError(
+                "caption.captioner=coca needs caption.model: a run, a pretraining, or a folder of a CoCa's weights"
+            )
+        if self.revision:
+            raise ValueError(f"caption.revision={self.revision}: weights of a CoCa are known by their content; leave it out")
+        if self.prompts or self.prompt not in ("", type(self).model_fields["prompt"].default):
+            raise ValueError(
+                "caption.captioner=coca is asked nothing, it goes on from the image alone: leave out caption.prompts and "
+                "caption.prompt"
+            )
+        if self.device_map:
+            raise ValueError("caption.captioner=coca runs on the actor's one device: leave out caption.device_map")
+        if self.decoding.num_beams > 1 and self.decoding.temperature > 0:
+            raise ValueError(
+                f"caption.captioner=coca with caption.decoding.num_beams={self.decoding.num_beams} draws nothing: set "
+                "caption.decoding.temperature=0, or num_beams=1 to draw"
+            )
+
     @property
     def uses_model(self) -> bool:
-        return self.captioner in ("transformers", "openai", "vllm") or (self.captioner == "given" and bool(self.model))
+        return self.captioner in ("coca", "transformers", "openai", "vllm") or (self.captioner == "given" and bool(self.model))
 
     @property
     def has_weights(self) -> bool:
         """Whether `model` names weights that this run loads, and not a name on somebody else's machine."""
         return self.uses_model and self.captioner != "openai"
 
+    @property
+    def takes_prompt(self) -> bool:
+        return self.uses_model and self.captioner != "coca"
+
     def asked(self) -> tuple[str, ...]:
         """What a model is asked about a tile, one description for each: templates where there are `prompts`."""
+        if self.captioner == "coca":
+            return ("",)
         return find_prompts(self.prompts, self.templates) if self.prompts else (self.prompt,)
 
     def content(self) -> dict[str, Any]:
@@ -110,4 +139,6 @@ class CaptionConfig(Section):
         if not self.uses_model:
             return {name: content[name] for name in ("captioner", "max_error_share")}
         del content["prompts"], content["templates"]
+        if not self.takes_prompt:
+            return content | {"prompt": ""}
         return content | {"prompt": None, "prompts": list(self.asked())} if self.prompts else content

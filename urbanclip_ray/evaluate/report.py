@@ -48,6 +48,7 @@ SOURCE_NAMES = {
 CAPTIONER_NAMES = {
     "land_cover": "the rule-based baseline",
     "given": "the source itself",
+    "coca": "a CoCa, in the words it was pretrained on",
     "transformers": "a vision-language model",
     "vllm": "a vision-language model run by vLLM",
     "openai": "a model behind an endpoint",

@@ -45,6 +45,13 @@ class ImageText(NamedTuple):
         return F.normalize((found[0] if isinstance(found, tuple) else found).float(), dim=-1)
 
     @property
+    def coca(self) -> CoCa:
+        """The model, where it is one that writes text; raises ConfigError where it is not."""
+        if not isinstance(self.module, CoCa):
+            raise ConfigError("it has no text decoder: give weights of a CoCa")
+        return self.module
+
+    @property
     def _towers(self) -> Any:
         return self.module  # open_clip's or ours: both have more methods than a Module
 
@@ -81,7 +88,7 @@ def _is_ours(folder: str) -> bool:
 def _context_length(model: dict[str, Any], name: str) -> int:
     text = model.get("text_cfg")
     if not isinstance(text, dict):
-        raise ConfigError(f"{name} has no text tower: refine.consistency.weights needs a model of images and texts")
+        raise ConfigError(f"{name} has no text tower: give weights of a model of images and texts")
     if text.get("hf_model_name") or text.get("hf_tokenizer_name"):
         raise ConfigError(f"{name} takes its text tower or tokenizer from a model hub: give a model with CLIP's own tokenizer")
     return int(text.get("context_length", 77))

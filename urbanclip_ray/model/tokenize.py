@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from urbanclip_ray.config import ConfigError
 
@@ -19,6 +19,7 @@ PAD_ID = 0
 SPECIAL_TOKENS = ("<pad>", "<start>", "<end>", "<unknown>")  # their places are their ids
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+WORD_END = "</w>"  # CLIP's own mark, in the place of the blank between two words
 
 
 class TextTokenizer(NamedTuple):
@@ -45,6 +46,21 @@ class TextTokenizer(NamedTuple):
         for index, row in enumerate(rows):
             tokens[index, : len(row)] = torch.tensor(row)
         return tokens
+
+    def decode(self, row: Sequence[int]) -> str:
+        """The text of a row of ids, with or without its start; what stands behind its end is not part of it.
+
+        Where a word of CLIP's tokenizer ends is known, and not whether a blank stood there: punctuation has one before it.
+        """
+        ids = list(row[: row.index(self.end_id)] if self.end_id in row else row)
+        words = [self.backend.id_to_token(each) for each in ids if each not in (self.start_id, PAD_ID)]
+        text: str = decoders.ByteLevel().decode([word for word in words if word is not None])
+        return text.replace(WORD_END, " ").strip()
+
+    def never_written(self) -> tuple[int, ...]:
+        """Ids that no text holds behind its start: padding, the start, and special tokens but the end."""
+        special = {index for index, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        return tuple(sorted(({PAD_ID, self.start_id} | special) - {self.end_id}))
 
     def count_cut(self, texts: Sequence[str]) -> int:
         """How many texts do not fit into the context and lose their end."""
@@ -76,7 +92,7 @@ def open_clip_tokenizer(context_length: int) -> TextTokenizer:
     simple = SimpleTokenizer()
     merges = list(simple.bpe_ranks)
     backend = Tokenizer(
-        models.BPE(vocab=simple.encoder, merges=merges, end_of_word_suffix="</w>", unk_token="<end_of_text>")  # noqa: S106 a token, no password
+        models.BPE(vocab=simple.encoder, merges=merges, end_of_word_suffix=WORD_END, unk_token="<end_of_text>")  # noqa: S106 a token, no password
     )
     backend.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]

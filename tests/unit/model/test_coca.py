@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch.nn import functional as F
+from writing_models import shrunken_b32
 
 from urbanclip_ray.config import ModelConfig
 from urbanclip_ray.model.architectures import open_clip_config
@@ -16,19 +17,9 @@ from urbanclip_ray.model.tokenize import PAD_ID
 VOCAB_SIZE = 400
 
 
-def shrunken_b32():
-    """open_clip's coca_ViT-B-32 with its attentional pooling, queries and 76 places, only narrower and shallower."""
-    config = open_clip_config(ModelConfig(architecture="coca_ViT-B-32", tokenizer="open_clip"), VOCAB_SIZE)
-    config["embed_dim"] = 32
-    config["vision_cfg"] |= {"image_size": 64, "layers": 2, "width": 64, "attn_pooler_heads": 2}
-    config["text_cfg"] |= {"width": 32, "heads": 2, "layers": 2}
-    config["multimodal_cfg"] |= {"width": 32, "heads": 2, "layers": 2, "attn_pooler_heads": 2}
-    return config
-
-
 CONFIGS = {
     "coca_test_16": open_clip_config(ModelConfig(architecture="coca_test_16"), VOCAB_SIZE),
-    "coca_ViT-B-32": shrunken_b32(),
+    "coca_ViT-B-32": shrunken_b32(VOCAB_SIZE),
 }
 
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from open_clip import SimpleTokenizer
 
 from urbanclip_ray.config import ConfigError
 from urbanclip_ray.model.tokenize import (
@@ -115,3 +116,33 @@ def test_a_foreign_tokenizer_is_refused_by_its_missing_key(bpe):
     files[TOKENIZER_CONFIG_FILE] = json.dumps({"tokenizer_class": "CLIPTokenizer"}).encode()
     with pytest.raises(ConfigError, match=r"tokenizer_config\.json has no 'start_id'.*not written by urbanclip_ray"):
         load_tokenizer(files)
+
+
+@pytest.mark.parametrize(
+    "text", [*TEXTS, "semi-detached_houses/gardens", "zürich — naïve café, são paulo", "北京市 of 21 million", ""]
+)
+def test_a_text_of_small_letters_comes_back_from_its_ids(bpe, text):
+    wide = bpe._replace(context_length=99)
+    assert wide.decode(wide.encode([text])[0].tolist()) == text
+
+
+def test_clips_ids_come_back_as_words_and_punctuation_with_blanks_between(clip):
+    row = clip.encode(["Zürich's semi-detached  houses, 北京."])[0].tolist()
+    assert clip.decode(row) == "zürich 's semi - detached houses , 北京 ."
+    assert clip.decode(row) == SimpleTokenizer().decode(row[1:-2]).strip()
+
+
+def test_what_stands_behind_the_end_or_is_no_token_is_not_part_of_a_text(bpe):
+    river, city = (bpe.backend.token_to_id(word) for word in ("Ġriver", "Ġcity"))
+    assert bpe.decode([river, bpe.end_id, city]) == "river"
+    assert bpe.decode([bpe.start_id, river, 10**6, PAD_ID, city]) == "river city"
+    assert bpe.decode([]) == ""
+    half = bpe.encode(["é"])[0].tolist()[2]  # one byte of a character of two
+    assert bpe.decode([half]) == "\ufffd"
+
+
+def test_special_tokens_but_the_end_are_never_written(bpe, clip):
+    assert bpe.never_written() == (PAD_ID, bpe.start_id, 3)
+    assert clip.never_written() == (PAD_ID, clip.start_id)
+    again = load_tokenizer(tokenizer_files(bpe))
+    assert again.never_written() == bpe.never_written()
