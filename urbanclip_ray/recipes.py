@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from urbanclip_ray.ablations import ablations
+from urbanclip_ray.ablations import ablations, change
 from urbanclip_ray.config import (
     AugmentConfig,
     BaselinesConfig,
     CaptionConfig,
     ConfigError,
+    ConsistencyConfig,
+    DecodingConfig,
     Domain,
     EmbedConfig,
     FolderSource,
@@ -138,6 +140,28 @@ def own_tiles() -> RunConfig:
         refine=MODEL_CAPTIONS,  # for when a model is named; nothing that land_cover says breaks a rule
         split=SplitConfig(outer="blocks", also=("random",)),
         embed=EmbedConfig(views=8),
+    )
+
+
+def bootstrap() -> RunConfig:
+    """Own tiles described by the weights of an earlier run, refined by its score, and learnt beside that run's own pairs."""
+    return bootstrap_from(own_tiles(), "runs/rsicd_small").model_copy(update={"run": "bootstrap"})
+
+
+def bootstrap_from(base: RunConfig, teacher: str) -> RunConfig:
+    """`base` with captions drawn from the CoCa of the run `teacher`, of which that same CoCa keeps the better half.
+
+    That is the captioning and filtering of BLIP (Li et al. 2022, arXiv 2201.12086) with one model in both places. What
+    it keeps is what it believes, right or wrong; every sentence is scored, so both halves can be looked at.
+    """
+    drawn = DecodingConfig(temperature=1.0, top_p=0.9, num_samples=4)
+    return change(
+        base,
+        {
+            "caption": {"captioner": "coca", "model": teacher, "decoding": drawn},
+            "refine": {"consistency": ConsistencyConfig(weights=teacher, top_share=0.5)},
+            "pack": {"also": (teacher,)},
+        },
     )
 
 
@@ -272,6 +296,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
         rsicd_against_none,
         kingcounty_probe,
         own_tiles,
+        bootstrap,
         probe_weights,
         urbanclip_beijing,
         urbanclip_four_cities,

@@ -1,8 +1,11 @@
-"""The options that every experiment on RSICD and King County takes."""
+"""The options that every experiment on RSICD and King County takes, and the pretraining that all of them begin with."""
 
 from __future__ import annotations
 
 import argparse
+
+from urbanclip_ray import apply_overrides, load_recipe
+from urbanclip_ray.config import RunConfig
 
 
 def experiment_parser(description: str | None, num_epochs: int) -> argparse.ArgumentParser:
@@ -21,3 +24,9 @@ def add_seeds_and_changes(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the pretraining; repeatable")
     parser.add_argument("--probe-set", action="append", default=[], metavar="KEY=VALUE", help="change the probe; repeatable")
     parser.add_argument("--output", default=output, help="where the figures go (default: beside this file)")
+
+
+def rsicd_pretraining(options: argparse.Namespace) -> RunConfig:
+    """A short pretraining on RSICD as it is: one run, whose finished datasets several experiments share."""
+    changes = [f"source.uri={options.rsicd}", f"storage={options.storage}", f"train.epochs={options.epochs}"]
+    return apply_overrides(load_recipe("rsicd_against_none"), [*changes, *options.set])

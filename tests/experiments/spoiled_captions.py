@@ -21,21 +21,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from options import add_seeds_and_changes, experiment_parser
+from options import add_seeds_and_changes, experiment_parser, rsicd_pretraining
+from probing import difference, probe, score_tables
 
-from urbanclip_ray import apply_overrides, load_recipe, run_stages
+from urbanclip_ray import apply_overrides, run_stages
 from urbanclip_ray.ablations import change
-from urbanclip_ray.config import NO_WEIGHTS, RunConfig
-from urbanclip_ray.evaluate.methods import FREE
-from urbanclip_ray.experiment import Score, over_seeds, score, seeded, summarise
+from urbanclip_ray.config import RunConfig
+from urbanclip_ray.experiment import Score, seeded, summarise
 from urbanclip_ray.places import weights_folder
+from urbanclip_ray.stages import Run
 
 OUTPUT = Path(__file__).with_suffix(".json")
 SHARES = (0.1, 0.3)
 SPOILING_SEED = 0
 TRAINING = ("ingest", "caption", "refine", "split", "pack", "pretrain")
-PROBING = ("ingest", "split", "embed", "probe")
+COMPARED = [pair for share in (10, 30) for pair in ((f"filtered_{share}", f"spoiled_{share}"), (f"spoiled_{share}", "clean"))]
 
 
 def spoil(entries: list[dict[str, Any]], share: float, seed: int) -> tuple[list[dict[str, Any]], list[int]]:
@@ -59,33 +59,24 @@ def write_spoiled(rsicd: Path, share: float, folder: Path) -> tuple[Path, list[s
     return folder, [Path(entries[at]["image"]).stem for at in moved]
 
 
-def pretraining(source: Path, name: str, seed: int, options: argparse.Namespace) -> RunConfig:
-    config = apply_overrides(
-        load_recipe("rsicd_against_none"),
-        [
-            f"run=spoiled_captions_{name}",
-            f"source.uri={source}",
-            f"storage={options.storage}",
-            f"train.epochs={options.epochs}",
-            "baselines.names=[]",
-            *options.set,
-        ],
-    )
-    return seeded(config, seed)
+def on_spoiled(source: Path, name: str, options: argparse.Namespace) -> RunConfig:
+    """The same pretraining on other captions."""
+    return apply_overrides(rsicd_pretraining(options), [f"run=spoiled_captions_{name}", f"source.uri={source}"])
 
 
-def train(config: RunConfig) -> Any:
-    return run_stages(config, list(TRAINING))
+def train(config: RunConfig) -> Run:
+    alone = change(config, {"baselines": {"names": ()}})
+    return run_stages(alone, list(TRAINING))
 
 
 def train_all(seed: int, options: argparse.Namespace) -> tuple[dict[str, str], dict[str, Any]]:
     """Weights of every arm by name, and what the filter found."""
-    weights = {"clean": weights_folder(train(pretraining(Path(options.rsicd), "clean", seed, options)).datasets["pretrain"])}
+    weights = {"clean": weights_folder(train(seeded(rsicd_pretraining(options), seed)).datasets["pretrain"])}
     found: dict[str, Any] = {}
     for share in SHARES:
         percent = round(100 * share)
         source, moved = write_spoiled(Path(options.rsicd), share, Path(options.storage) / f"rsicd_spoiled_{percent}")
-        base = pretraining(source, f"{percent}", seed, options)
+        base = seeded(on_spoiled(source, f"{percent}", options), seed)
         weights[f"spoiled_{percent}"] = spoiled = weights_folder(train(base).datasets["pretrain"])
         consistency = {"weights": spoiled, "top_share": 1 - share}
         filtered = train(change(base, {"refine": {"consistency": consistency}}))
@@ -107,44 +98,8 @@ def what_was_found(pairs: Sequence[dict[str, Any]], moved: list[str]) -> dict[st
     return {"rejected": total, "of_them_moved": spoiled / max(1, total)}
 
 
-def probe(weights: dict[str, str], seed: int, options: argparse.Namespace) -> list[Score]:
-    config = apply_overrides(
-        load_recipe("kingcounty_probe"),
-        [f"source.uri={options.kingcounty}", f"storage={options.storage}", "embed.views=1", *options.probe_set],
-    )
-    methods = (*weights, *FREE)
-    also = {"embed": {"weights": NO_WEIGHTS, "also": weights}, "probe": {"methods": methods}, "baselines": {"names": ()}}
-    config = change(seeded(config, seed), also)
-    return score(run_stages(config, list(PROBING)).datasets["probe"], config.split.outer, seed)
-
-
-def differences(scores: list[Score]) -> list[dict[str, Any]]:
-    """Filtered minus spoiled of each share and indicator, over pretraining seeds."""
-    rows = []
-    for share in SHARES:
-        percent = round(100 * share)
-        for indicator in sorted({item.indicator for item in scores}):
-            pairs = [
-                [np.mean([s.r2 for s in scores if (s.method, s.indicator, s.seed) == (method, indicator, seed)])
-                 for method in (f"filtered_{percent}", f"spoiled_{percent}")]
-                for seed in sorted({item.seed for item in scores})
-            ]  # fmt: skip
-            values = [float(filtered - spoiled) for filtered, spoiled in pairs]
-            low, high = over_seeds(values)
-            rows.append(
-                {"share": share, "indicator": indicator, "difference": float(np.mean(values)), "low": low, "high": high}
-            )
-    return rows
-
-
 def markdown(record: dict[str, Any]) -> str:
-    lines = ["| indicator | method | R² | 95% over pretraining seeds |", "|---|---|---|---|"]
-    lines += [f"| {row['indicator']} | {row['method']} | {row['r2']:.3f} | {_interval(row)} |" for row in record["table"]]
-    lines += ["", "| share spoiled | indicator | filtered minus spoiled | 95% |", "|---|---|---|---|"]
-    lines += [
-        f"| {row['share']:.0%} | {row['indicator']} | {row['difference']:+.3f} | {_interval(row)} |"
-        for row in record["differences"]
-    ]
+    lines = score_tables(record)
     lines += ["", "| seed | filter | sentences rejected for their score | of them moved |", "|---|---|---|---|"]
     lines += [
         f"| {seed} | {name} | {row['rejected']:,} | {row['of_them_moved']:.0%} |"
@@ -152,10 +107,6 @@ def markdown(record: dict[str, Any]) -> str:
         for name, row in found.items()
     ]
     return "\n".join(lines) + "\n"
-
-
-def _interval(row: dict[str, Any]) -> str:
-    return "-" if row["low"] is None else f"[{row['low']:.3f}, {row['high']:.3f}]"
 
 
 def main() -> None:
@@ -167,7 +118,8 @@ def main() -> None:
     for seed in range(options.seeds):
         weights, record["found"][str(seed)] = train_all(seed, options)
         scores += probe(weights, seed, options)
-        record |= {"table": summarise(scores), "differences": differences(scores), "scores": [s._asdict() for s in scores]}
+        record |= {"table": summarise(scores), "scores": [s._asdict() for s in scores]}
+        record["differences"] = [row for pair in COMPARED for row in difference(scores, *pair)]
         Path(options.output).write_text(json.dumps(record, indent=1) + "\n")
         Path(options.output).with_suffix(".md").write_text(markdown(record))
     print(markdown(record))

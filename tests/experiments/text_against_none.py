@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from options import add_seeds_and_changes, experiment_parser
+from options import add_seeds_and_changes, experiment_parser, rsicd_pretraining
 
 from urbanclip_ray import apply_overrides, load_recipe
 from urbanclip_ray.experiment import Experiment, markdown, run_experiment
@@ -31,14 +31,10 @@ def main() -> None:
     add_seeds_and_changes(parser, str(OUTPUT))
     parser.add_argument("--arms", nargs="*", default=list(ARMS), help=f"ablations (default: {' '.join(ARMS)})")
     options = parser.parse_args()
-    storage = f"storage={options.storage}"
-    pretraining = apply_overrides(
-        load_recipe("rsicd_against_none"),
-        [f"source.uri={options.rsicd}", storage, f"train.epochs={options.epochs}", *options.set],
-    )
+    pretraining = rsicd_pretraining(options)
     probing = apply_overrides(
         load_recipe("kingcounty_probe"),
-        [f"source.uri={options.kingcounty}", storage, "embed.views=1", *options.probe_set],
+        [f"source.uri={options.kingcounty}", f"storage={options.storage}", "embed.views=1", *options.probe_set],
     )
     experiment = Experiment(pretraining, probing, tuple(options.arms), tuple(range(options.seeds)), num_arm_seeds=1)
     record = run_experiment(experiment, join(options.storage, "results"))
