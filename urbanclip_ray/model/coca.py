@@ -14,6 +14,7 @@ from open_clip.coca_model import CoCa as OpenClipCoCa
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from urbanclip_ray.model.attention import causal_block, cross_block, use_own_attention
 from urbanclip_ray.model.losses import CaptionLoss, caption_loss, shift_tokens
 from urbanclip_ray.model.tokenize import PAD_ID
 
@@ -43,6 +44,7 @@ class CoCa(nn.Module):
         self.inner = OpenClipCoCa(
             **settings, nonscalar_logit_scale=True, init_logit_scale=math.log(1 / init_temperature), pad_id=PAD_ID
         )
+        use_own_attention(self.inner)
         self.config = open_clip_config
         # open_clip leaves the decoder's projection uninitialised
         nn.init.normal_(self.inner.text_decoder.text_projection, std=self.inner.text_decoder.width**-0.5)
@@ -65,29 +67,34 @@ class CoCa(nn.Module):
 
         Equal to open_clip at full length, for any number of places >= min(longest text + 1, context_length): the class
         token keeps the last positional row. The mask is the legacy one of all published CoCa weights (the padding mask
-        is shifted by one place), under which the class token sees the first place of padding, hence the "+ 1".
+        is shifted by one place), under which the class token sees the first place of padding, hence the "+ 1"; with
+        `inner.text.correct_cls_mask` it is the one that was meant.
         """
         tower = self.inner.text
         rows, places = tokens.shape
         positions = tower.positional_embedding
         x = torch.cat([tower.token_embedding(tokens), tower.cls_emb.expand(rows, 1, -1)], dim=1)
         x = x + torch.cat([positions[:places], positions[-1:]])
-        visible = torch.cat([torch.ones_like(tokens[:, :1], dtype=torch.bool), tokens != PAD_ID], dim=1)
-        causal = torch.ones(places + 1, places + 1, dtype=torch.bool, device=tokens.device).tril()
-        mask = torch.zeros(rows, places + 1, places + 1, device=tokens.device)
-        mask = mask.masked_fill(~(visible[:, None, :] & causal), float("-inf"))
-        x = tower.transformer(x, attn_mask=mask.repeat_interleave(tower.heads, dim=0))
+        x = tower.transformer(x, attn_mask=self._text_mask(tokens))
         pooled = tower.ln_final(x[:, -1]) @ tower.text_projection
         return F.normalize(pooled.float(), dim=-1), x[:, :-1]
+
+    def _text_mask(self, tokens: Tensor) -> Tensor:
+        """What is added to the logits of every head: [rows, 1, places + 1, places + 1], the class token last."""
+        places = tokens.shape[1]
+        always = torch.ones_like(tokens[:, :1], dtype=torch.bool)
+        is_text = tokens != PAD_ID
+        visible = torch.cat([is_text, always] if self.inner.text.correct_cls_mask else [always, is_text], dim=1)
+        causal = torch.ones(places + 1, places + 1, dtype=torch.bool, device=tokens.device).tril()
+        mask = torch.zeros(len(tokens), 1, places + 1, places + 1, device=tokens.device)
+        return mask.masked_fill(~(visible[:, None, None, :] & causal), float("-inf"))
 
     def decode(self, image_tokens: Tensor, text_tokens: Tensor) -> Tensor:
         """Hidden states [rows, places, width] of the decoder, before the vocabulary projection."""
         decoder = self.inner.text_decoder
-        places = text_tokens.shape[1]
         x = text_tokens
         for block, cross in zip(decoder.resblocks, decoder.cross_attn, strict=True):
-            x = block(x, attn_mask=decoder.attn_mask[:places, :places])
-            x = cross(x, k_x=image_tokens, v_x=image_tokens)
+            x = cross_block(cross, causal_block(block, x), image_tokens)
         return decoder.ln_final(x)
 
     def forward(self, images: Tensor | None, tokens: Tensor | None, with_caption: bool = True) -> CoCaOutput:

@@ -23,7 +23,7 @@ from urbanclip_ray.train.checkpoint import fill_weights, find_checkpoint, restor
 from urbanclip_ray.train.checkpoint_writer import CheckpointWriter
 from urbanclip_ray.train.curves import Curves
 from urbanclip_ray.train.device import DEVICE_FILE, describe_rank
-from urbanclip_ray.train.engine import attention_kernel, start_engine
+from urbanclip_ray.train.engine import start_engine
 from urbanclip_ray.train.fragments import whole_weights
 from urbanclip_ray.train.guards import TrainError, stop_if_not_finite, stop_if_ranks_differ
 from urbanclip_ray.train.memory import describe_memory, plan_memory
@@ -76,8 +76,7 @@ def train_rank(spec: TrainSpec) -> None:
     clock = Clock(num_steps, first_step)
     with CheckpointWriter(spec.checkpoints_uri, config.keep_checkpoints) as writer:
         for step in prefetch(train_steps(rank.reader, rank.maker, rank.order, dist.get_rank())):
-            with attention_kernel(rank.engine.device, config):
-                result = take_step(rank.engine, step, num_steps, config)
+            result = take_step(rank.engine, step, num_steps, config)
             stop_if_not_finite(result, rank.shards, spec.failures_uri)
             taken = step.step + 1
             curves.train(result.record | {"samples_per_s": clock.tick(config.global_batch_size)})

@@ -15,7 +15,7 @@ from urbanclip_ray.errors import UserError
 from urbanclip_ray.evaluate.trained.objective import Objective
 from urbanclip_ray.evaluate.trained.tiles import TrainingTiles
 from urbanclip_ray.model.preprocess import normalise
-from urbanclip_ray.train.engine import attention_kernel, learning_rate, make_optimizer
+from urbanclip_ray.train.engine import learning_rate, make_optimizer
 
 NUM_REPORTS = 10  # of progress, over a training
 
@@ -66,7 +66,7 @@ def train_encoder(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, num_steps, config)
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-        with autocast, attention_kernel(device, config):
+        with autocast:
             outputs = objective.forward(images)
         loss = objective.loss([output.float() for output in outputs], images, places[0])
         losses.append(loss.item())
