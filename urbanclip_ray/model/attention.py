@@ -1,4 +1,4 @@
-"""open_clip's attention and blocks with the same parameters under the same names, and less work around the products.
+"""open_clip's attention and residual blocks with the same parameters under the same names, and less work around the products.
 
 `nn.MultiheadAttention` wants a mask for every head, copies what it projects, and knows no causal attention without a mask.
 """
@@ -49,7 +49,7 @@ class Attention(nn.MultiheadAttention):
         elif query is key is value:
             return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         elif key is value:
-            sizes = self.embed_dim, 2 * self.embed_dim
+            sizes = [self.embed_dim, 2 * self.embed_dim]
             (q, kv), (q_bias, kv_bias) = (torch.split(part, sizes) for part in (self.in_proj_weight, self.in_proj_bias))
             return F.linear(query, q, q_bias), *F.linear(key, kv, kv_bias).chunk(2, dim=-1)
         else:
@@ -65,26 +65,34 @@ def _kernel(q: Tensor, k: Tensor) -> AbstractContextManager[None]:
     return sdpa_kernel(SDPBackend.MATH) if unfused else nullcontext()
 
 
+class Block(ResidualAttentionBlock):
+    """A residual block of attention and a perceptron."""
+
+    def forward(
+        self,
+        q_x: Tensor,
+        k_x: Tensor | None = None,
+        v_x: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """q_x [rows, places, width], which looks at itself, or at k_x and v_x [rows, keys, width] where they are given.
+
+        The mask is as in :class:`Attention`; with `is_causal` every place sees those up to itself.
+        """
+        query = self.ln_1(q_x)
+        keys = query if k_x is None else self.ln_1_kv(k_x)
+        values = keys if v_x is k_x else self.ln_1_kv(v_x)
+        mask = None if attn_mask is None else attn_mask.to(query.dtype)
+        x = q_x + self.ls_1(self.attn(query, keys, values, attn_mask=mask, is_causal=is_causal)[0])
+        found: Tensor = x + self.ls_2(self.mlp(self.ln_2(x)))
+        return found
+
+
 def use_own_attention(model: nn.Module) -> None:
-    """Let every attention of a model be ours. Its parameters, and their names, stay as they are."""
+    """Let every attention and residual block of a model be ours. Parameters, and their names, stay as they are."""
     for module in model.modules():
         if type(module) is nn.MultiheadAttention:
             module.__class__ = Attention  # as FSDP2 takes modules over
-
-
-def causal_block(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
-    """A block in which every place sees those up to itself. x: [rows, places, width]."""
-    normed = block.ln_1(x)
-    return _finish(block, x, block.attn(normed, normed, normed, is_causal=True)[0])
-
-
-def cross_block(block: ResidualAttentionBlock, x: Tensor, context: Tensor) -> Tensor:
-    """A block that looks at `context` [rows, keys, width], which is normalised and projected once for keys and values."""
-    seen = block.ln_1_kv(context)
-    return _finish(block, x, block.attn(block.ln_1(x), seen, seen)[0])
-
-
-def _finish(block: ResidualAttentionBlock, x: Tensor, attended: Tensor) -> Tensor:
-    x = x + block.ls_1(attended)
-    found: Tensor = x + block.ls_2(block.mlp(block.ln_2(x)))
-    return found
+        elif type(module) is ResidualAttentionBlock:
+            module.__class__ = Block

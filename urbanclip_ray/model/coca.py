@@ -7,14 +7,16 @@ parameters only there and traverses only tuples, lists and dicts.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from open_clip.coca_model import CoCa as OpenClipCoCa
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from urbanclip_ray.model.attention import causal_block, cross_block, use_own_attention
+from urbanclip_ray.model.attention import Block, use_own_attention
 from urbanclip_ray.model.losses import CaptionLoss, caption_loss, shift_tokens
 from urbanclip_ray.model.tokenize import PAD_ID
 
@@ -91,11 +93,22 @@ class CoCa(nn.Module):
 
     def decode(self, image_tokens: Tensor, text_tokens: Tensor) -> Tensor:
         """Hidden states [rows, places, width] of the decoder, before the vocabulary projection."""
-        decoder = self.inner.text_decoder
-        x = text_tokens
+        decoder, x = self.inner.text_decoder, text_tokens
+        run = partial(checkpoint, use_reentrant=False) if decoder.grad_checkpointing else _call
         for block, cross in zip(decoder.resblocks, decoder.cross_attn, strict=True):
-            x = cross_block(cross, causal_block(block, x), image_tokens)
+            x = run(block, x, is_causal=True)
+            x = run(cross, x, image_tokens, image_tokens)
         return decoder.ln_final(x)
+
+    def checkpoint_activations(self) -> None:
+        """Keep of every block its input alone for the backward, which computes the rest again."""
+        self.inner.set_grad_checkpointing()
+
+    def compile_blocks(self) -> None:
+        """Let torch compile the blocks, each kind of them once; texts of any length share what was compiled."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.compile()
 
     def forward(self, images: Tensor | None, tokens: Tensor | None, with_caption: bool = True) -> CoCaOutput:
         """A micro-batch of pairs, or images or texts alone: what is not given has an embedding of no rows."""
@@ -110,6 +123,11 @@ class CoCa(nn.Module):
             hidden = self.decode(image_tokens, text_tokens[:, :-1])
             caption = caption_loss(hidden, self.inner.text_decoder.text_projection, labels, PAD_ID)
         return CoCaOutput(image, text, *caption, scale, bias)
+
+
+def _call(block: nn.Module, *inputs: Tensor, **settings: bool) -> Tensor:
+    found: Tensor = block(*inputs, **settings)
+    return found
 
 
 def build_model(open_clip_config: dict[str, Any], seed: int, init_temperature: float = 0.07) -> CoCa:

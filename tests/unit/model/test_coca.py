@@ -189,6 +189,21 @@ def test_a_row_does_not_depend_on_the_other_rows_of_its_batch(model):
     close(together.caption_rows.sum(), together.caption_sum)
 
 
+@pytest.mark.parametrize("way", ["checkpoint_activations", pytest.param("compile_blocks", marks=pytest.mark.slow)])
+def test_activations_computed_again_and_compiled_blocks_change_no_result(way):
+    name = "coca_ViT-B-32"
+    model, changed = (build_model(CONFIGS[name], seed=1) for _ in range(2))
+    getattr(changed, way)()
+    tokens = trim(make_tokens(lengths_of(model, "short"), model.inner.text.context_length))
+    images = make_images(model, len(tokens))
+    losses, gradients = losses_and_gradients(model, images, tokens)
+    other_losses, other_gradients = losses_and_gradients(changed, images, tokens)
+    close(other_losses, losses)
+    assert other_gradients.keys() == gradients.keys()
+    for parameter, gradient in gradients.items():
+        torch.testing.assert_close(other_gradients[parameter], gradient, rtol=1e-4, atol=1e-5, msg=parameter)
+
+
 def test_images_or_texts_alone_have_no_rows_of_the_other_and_no_caption_loss(model):
     images, tokens = make_images(model, 2), trim(make_tokens([5, 3], model.inner.text.context_length))
     with torch.no_grad():
