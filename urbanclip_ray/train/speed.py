@@ -19,9 +19,12 @@ NUM_PEAK_PRODUCTS = 5
 T = TypeVar("T")
 
 
-def measure_matrix_peak(device: torch.device, precision: str) -> float:
-    """FLOP/s of the fastest of a few large matrix products in the precision of the training, on this rank's device."""
-    side = PEAK_SIDE.get(device.type, PEAK_SIDE["cuda"])
+def measure_matrix_peak(device: torch.device, precision: str, side: int = 0) -> float:
+    """FLOP/s of the fastest of a few products of matrices [side, side] in the precision of the training, on this rank's device.
+
+    Without a side one is taken that is quick and large enough to come near the peak.
+    """
+    side = side or PEAK_SIDE.get(device.type, PEAK_SIDE["cuda"])
     matrix = torch.ones(side, side, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     seconds = []
     for _ in range(NUM_PEAK_PRODUCTS + 1):  # the first one sets up
