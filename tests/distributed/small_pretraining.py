@@ -20,7 +20,7 @@ from urbanclip_ray.schema import PAIRS, SPLITS, TILES
 from urbanclip_ray.storage import Dataset, open_dataset, publish, read_bytes
 from urbanclip_ray.train.loop import TrainSpec
 from urbanclip_ray.train.pack import pack_shards
-from urbanclip_ray.train.speed import speed_names
+from urbanclip_ray.train.speed import SPEEDS
 
 NUM_TILES, NUM_VAL = 42, 6
 ATOL = 1e-6
@@ -106,9 +106,7 @@ class Result:
     def __init__(self, folder: Path | str) -> None:
         history = json.loads(read_bytes(f"{folder}/history.json"))
         self.validation = history["validation"]
-        self.train = [
-            {name: value for name, value in record.items() if name not in speed_names()} for record in history["train"]
-        ]
+        self.train = [{name: value for name, value in record.items() if name not in SPEEDS} for record in history["train"]]
         self.weights = safetensors.torch.load(read_bytes(f"{folder}/{WEIGHTS_FILE}"))
 
 

@@ -15,8 +15,10 @@ TOWERS: dict[str, ModelPart] = {"visual": "image", "text": "text", "text_decoder
 
 def part_of(name: str) -> ModelPart | None:
     """The part of a parameter of :class:`model.coca.CoCa`, by its name; None for other models' parameters."""
+    if not name.startswith("inner."):
+        return None
     inner = name.removeprefix("inner.")
-    return "heads" if inner in HEADS else TOWERS.get(inner.split(".")[0])
+    return "heads" if inner in HEADS else TOWERS[inner.split(".")[0]]
 
 
 def freeze_parts(model: nn.Module, parts: Iterable[ModelPart]) -> None:

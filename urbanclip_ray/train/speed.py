@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from urbanclip_ray.config import TrainConfig
 PRINT_EVERY_S = 15.0
 PEAK_SIDE = {"cpu": 1024, "cuda": 8192}  # of square matrices; 10 ms of a CPU core with bf16 units, 2 ms of an H100
 NUM_PEAK_PRODUCTS = 5
+SPEEDS = ("samples_per_s", "tokens_per_s", "flops_share_of_peak", "data_wait_share")  # what differs from run to run
 
 T = TypeVar("T")
 
@@ -112,11 +113,6 @@ class Speedometer:
         )
 
 
-def speed_names() -> tuple[str, ...]:
-    """The figures of a step's record that differ from run to run."""
-    return ("samples_per_s", "tokens_per_s", "flops_share_of_peak", "data_wait_share")
-
-
-def _synchronise(device: torch.device) -> Any:
+def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from urbanclip_ray.config import TrainConfig
 from urbanclip_ray.train import speed
-from urbanclip_ray.train.speed import Speedometer, count_flops, measure_matrix_peak, speed_names
+from urbanclip_ray.train.speed import SPEEDS, Speedometer, count_flops, measure_matrix_peak
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(contrastive_batch_size=8, global_batch_size=8, precision="fp32")
@@ -61,7 +61,7 @@ def test_figures_of_a_step_are_its_samples_tokens_flops_and_wait(monkeypatch):
     for _ in meter.waits(slow_steps(3)):
         assert meter.run(partial(matrix_step, torch.ones(SIDE, SIDE))).shape == (SIDE, SIDE)
         found.append(meter.tick(num_tokens=160))
-    assert [set(figures) for figures in found] == [set(speed_names())] * 3
+    assert [set(figures) for figures in found] == [set(SPEEDS)] * 3
     for figures in found:
         step_s = CONFIG.global_batch_size / figures["samples_per_s"]
         assert step_s >= STEP_S + WAIT_S
