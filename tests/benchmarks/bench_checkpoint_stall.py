@@ -57,7 +57,7 @@ def train_in_rank(root: str) -> dict[str, float]:
     from urbanclip_ray.model.coca import build_model
     from urbanclip_ray.train.batches import TrainBatch, TrainStep
     from urbanclip_ray.train.checkpoint_writer import CheckpointWriter
-    from urbanclip_ray.train.engine import attention_kernel, start_engine
+    from urbanclip_ray.train.engine import start_engine
     from urbanclip_ray.train.step import take_step
 
     model = build_model(open_clip_config(MODEL, VOCAB_SIZE), seed=0)
@@ -74,8 +74,7 @@ def train_in_rank(root: str) -> dict[str, float]:
         dist.barrier()
         before = time.perf_counter()
         for number in range(1, NUM_STEPS + 1):
-            with attention_kernel(engine.device, CONFIG):
-                take_step(engine, TrainStep(number, 0, rows * (NUM_TOKENS - 1), [batch]), 10 * NUM_STEPS, CONFIG)
+            take_step(engine, TrainStep(number, 0, rows * (NUM_TOKENS - 1), [batch]), 10 * NUM_STEPS, CONFIG)
             if writer is not None and number % SAVE_EVERY_STEPS == 0:
                 writer.save(engine, taken + number, history={"train": [], "validation": []}, progress={}, files={})
         if writer is not None:

@@ -1,4 +1,4 @@
-"""A rank by itself, over gloo, with an engine and the steps of a run: what the benchmarks of pretraining measure."""
+"""An engine and the steps of a run, and a rank by itself over gloo: what the benchmarks of pretraining measure."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def process_group(num_threads: int) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def make_engine(architecture: str, config: TrainConfig) -> Any:
-    model_config = ModelConfig(architecture=architecture, vocab_size=VOCAB_SIZE)
+def make_engine(architecture: str, config: TrainConfig, patch_dropout: float = 0.0) -> Any:
+    model_config = ModelConfig(architecture=architecture, vocab_size=VOCAB_SIZE, patch_dropout=patch_dropout)
     return start_engine(build_model(open_clip_config(model_config, VOCAB_SIZE), seed=0), config)
 
 
 def make_steps(shards: Dataset, engine: Any, config: TrainConfig) -> Iterator[TrainStep]:
-    """The steps of the real reader, prepared one ahead as in training."""
+    """The steps of this rank from the real reader, prepared one ahead as in training."""
     reader = ShardReader(shards, "train", config.shuffle_window_rows)
     texts = [text for row in shards.read(["texts"])["texts"].to_pylist() for text in row]
     tokenizer = train_bpe(texts[:2048], VOCAB_SIZE, engine.module.config["text_cfg"]["context_length"])
     maker = BatchMaker(config, PixelsConfig(), tokenizer, engine.module.image_px)
-    return prefetch(train_steps(reader, maker, Order(reader.rows_per_file, config, 1), rank=0))
+    return prefetch(train_steps(reader, maker, Order(reader.rows_per_file, config, dist.get_world_size()), dist.get_rank()))

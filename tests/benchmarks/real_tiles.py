@@ -17,9 +17,12 @@ from urbanclip_ray.storage import Dataset, open_dataset, publish
 ROWS_PER_FILE = 1024
 
 
-def world_shards(folder: Path, num_rows: int, tile_px: int = 27) -> Dataset:
-    """`num_rows` training rows, as many of them different as there are tiles, each with a short text of its own."""
-    images = world_images(num_rows, tile_px)
+def world_shards(folder: Path, num_rows: int, tile_px: int = 27, image_px: int | None = None) -> Dataset:
+    """`num_rows` training rows, as many of them different as there are tiles, each with a short text of its own.
+
+    Tiles are enlarged to `image_px`, so that decoding costs what it does for real ones of that size.
+    """
+    images = world_images(num_rows, tile_px, image_px)
     rows = [
         {
             "row_id": row,
@@ -56,10 +59,10 @@ def numbered_world_tiles(folder: Path, num_tiles: int, tiles_per_file: int, tile
     return open_dataset(str(folder))
 
 
-def world_images(num_images: int, tile_px: int) -> list[bytes]:
-    """JPEGs of different places, as many as there are and at most `num_images`."""
+def world_images(num_images: int, tile_px: int, image_px: int | None = None) -> list[bytes]:
+    """JPEGs of different places, as many as there are and at most `num_images`; enlarged to `image_px` where it is given."""
     source = open_source(WorldSource(tile_px=tile_px, stride_px=tile_px))
-    return [jpeg(source.read(tile.location)) for tile in source.tiles()[:num_images]]
+    return [jpeg(source.read(tile.location), image_px) for tile in source.tiles()[:num_images]]
 
 
 def with_comment(data: bytes, comment: bytes) -> bytes:
@@ -67,7 +70,10 @@ def with_comment(data: bytes, comment: bytes) -> bytes:
     return data[:2] + b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment + data[2:]
 
 
-def jpeg(data: bytes) -> bytes:
+def jpeg(data: bytes, image_px: int | None = None) -> bytes:
     stream = io.BytesIO()
-    Image.open(io.BytesIO(data)).convert("RGB").save(stream, "JPEG", quality=90)
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    if image_px is not None:
+        image = image.resize((image_px, image_px), Image.Resampling.BICUBIC)
+    image.save(stream, "JPEG", quality=90)
     return stream.getvalue()

@@ -20,6 +20,7 @@ from urbanclip_ray.schema import PAIRS, SPLITS, TILES
 from urbanclip_ray.storage import Dataset, open_dataset, publish, read_bytes
 from urbanclip_ray.train.loop import TrainSpec
 from urbanclip_ray.train.pack import pack_shards
+from urbanclip_ray.train.speed import SPEEDS
 
 NUM_TILES, NUM_VAL = 42, 6
 ATOL = 1e-6
@@ -100,12 +101,12 @@ def train(spec: TrainSpec) -> None:
 
 
 class Result:
-    """History without the speed, and weights, of a finished pretraining."""
+    """History without its speeds, and weights, of a finished pretraining."""
 
     def __init__(self, folder: Path | str) -> None:
         history = json.loads(read_bytes(f"{folder}/history.json"))
         self.validation = history["validation"]
-        self.train = [{name: value for name, value in record.items() if name != "samples_per_s"} for record in history["train"]]
+        self.train = [{name: value for name, value in record.items() if name not in SPEEDS} for record in history["train"]]
         self.weights = safetensors.torch.load(read_bytes(f"{folder}/{WEIGHTS_FILE}"))
 
 

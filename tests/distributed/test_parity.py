@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip.coca_model
 import pytest
 import safetensors.torch
 import torch
@@ -60,6 +61,10 @@ def train_in_rank(num_steps: int) -> dict[str, dict[str, Any]]:
 
 def reference(num_steps: int) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
     model = small_model()
+    settings = {key: value for key, value in model.config.items() if key != "custom_text"}
+    theirs = open_clip.coca_model.CoCa(**settings, nonscalar_logit_scale=True)
+    theirs.load_state_dict(model.inner.state_dict())
+    model.inner = theirs  # whose attention is not ours
     decaying = [value for value in model.parameters() if value.ndim >= 2]
     others = [value for value in model.parameters() if value.ndim < 2]
     groups = [{"params": decaying, "weight_decay": CONFIG.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -67,7 +72,7 @@ def reference(num_steps: int) -> tuple[list[dict[str, float]], dict[str, np.ndar
     records = []
     for step in range(num_steps):
         batch = make_step(step)
-        output = model.inner(normalise(batch["images"]), batch["tokens"])
+        output = theirs(normalise(batch["images"]), batch["tokens"])
         contrastive = torch.stack(
             [
                 plain_contrastive(

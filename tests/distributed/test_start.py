@@ -71,6 +71,9 @@ def test_training_begins_at_the_given_weights_and_records_them(tmp_path, ray_clu
             contrastive_batch_size=NUM_ROWS,
             global_batch_size=NUM_ROWS,
             lr=1e-9,
+            freeze=("text",),
+            lr_scales={"image": 0.1},
+            ema_decay=0.9,  # what is written is the average
             precision="fp32",
         ),
         resources=ResourcesConfig(num_workers=1),

@@ -62,6 +62,9 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(override, parts):
         ("train.lr=0", "train.lr", "0"),
         ("train.epochs=2.5", "train.epochs", "2.5"),
         ("train.zero_stage=4", "train.zero_stage", "4"),
+        ("train.ema_decay=1", "train.ema_decay", "1"),
+        ("train.freeze=[tower]", "train.freeze.0", "'tower'"),
+        ("train.lr_scales={image: 0}", "train.lr_scales.image", "0"),
         ("train.augment.min_area_share=0", "train.augment.min_area_share", "0"),
         ("caption.captioner=gpt", "caption.captioner", "'gpt'"),
         ("split.also=[blocks, everywhere]", "split.also.1", "'everywhere'"),
@@ -160,6 +163,10 @@ def test_only_numbers_of_workers_that_can_share_out_a_step_are_used():
         (["refine.min_words=61"], "refine.min_words is above refine.max_words"),
         (["split.test_share=0.8"], "split.test_share + split.val_share leave nothing to train on"),
         (["train.contrastive_weight=0", "train.caption_weight=0"], "train.contrastive_weight and train.caption_weight"),
+        (["train.freeze=[image, text, decoder, heads]"], "train.freeze names every part of the model: leave one out"),
+        (["train.freeze=[text]", "train.lr_scales={text: 0.1}"], "train.lr_scales speaks of text, which train.freeze keeps"),
+        (["train.compile=true", "train.zero_stage=3"], "train.compile cannot trace the gathering of zero_stage 3"),
+        (["train.offload_optimizer=true", "train.zero_stage=0"], "train.offload_optimizer is a part of ZeRO"),
     ],
 )
 def test_values_that_contradict_each_other_are_named_without_the_rest_of_the_section(overrides, message):
@@ -224,7 +231,7 @@ def test_configs_are_frozen_and_unknown_fields_are_refused_on_construction():
     [
         (IngestConfig(), IngestConfig(tiles_per_batch=7)),
         (CaptionConfig(), CaptionConfig(num_actors=9, tiles_per_batch=1)),
-        (TrainConfig(), TrainConfig(zero_stage=3, checkpoint_every_steps=1, keep_checkpoints=9, max_failures=0)),
+        (TrainConfig(), TrainConfig(zero_stage=2, offload_optimizer=True, compile=True, keep_checkpoints=9, max_failures=0)),
         (CaptionConfig(), CaptionConfig(prompt="of another captioner", dtype="float32", decoding={"num_beams": 3})),
         (
             CaptionConfig(captioner="transformers", model="a"),
@@ -242,6 +249,12 @@ def test_how_the_work_is_done_is_not_part_of_what_is_made(section):
     assert default.content() == changed.content()
 
 
+@pytest.mark.parametrize("change", [{"freeze": ["text"]}, {"lr_scales": {"image": 0.1}}, {"ema_decay": 0.99}])
+def test_a_field_that_was_added_later_takes_part_only_where_it_is_used(change):
+    content = TrainConfig(**change).content()
+    assert content == TrainConfig().content() | change
+
+
 def test_what_is_made_is_part_of_the_content():
     content = TrainConfig().content()
     assert content != TrainConfig(lr=1e-4).content()
@@ -252,6 +265,8 @@ def test_what_is_made_is_part_of_the_content():
         "checkpoint_every_steps",
         "keep_checkpoints",
         "max_failures",
+        *("offload_optimizer", "activation_checkpointing", "compile"),
+        *("freeze", "lr_scales", "ema_decay"),  # at their defaults
     }
     assert ResourcesConfig().content() == {}
     vision_language = CaptionConfig(captioner="transformers", model="a")

@@ -45,9 +45,10 @@ from urbanclip_ray.config.sources import (
     WorldSource,
 )
 from urbanclip_ray.config.stores import StoreConfig
-from urbanclip_ray.config.training import AugmentConfig, ModelConfig, ResourcesConfig, StepCut, TrainConfig
+from urbanclip_ray.config.training import HUB, AugmentConfig, ModelConfig, ModelPart, ResourcesConfig, StepCut, TrainConfig
 
 __all__ = [
+    "HUB",
     "NO_WEIGHTS",
     "SOURCE_KINDS",
     "AugmentConfig",
@@ -66,6 +67,7 @@ __all__ = [
     "LabelsConfig",
     "MetadataColumns",
     "ModelConfig",
+    "ModelPart",
     "PackConfig",
     "PairsSource",
     "PixelsConfig",

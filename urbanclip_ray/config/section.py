@@ -22,6 +22,12 @@ def execution(default: T, ge: float | None = None) -> T:
     return field
 
 
+def added_later(default: T, ge: float | None = None, lt: float | None = None) -> T:
+    """A field that is left out of digests while it has its default: what was made before there was one keeps its name."""
+    field: T = Field(default=default, ge=ge, lt=lt, json_schema_extra={"added_later": True})
+    return field
+
+
 def _check_variable(value: str) -> str:
     if value and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", value):
         raise ValueError("name an environment variable (capitals, digits and _); the key or secret itself has no place here")
@@ -37,10 +43,11 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
 
     def content(self) -> dict[str, Any]:
-        """The fields that decide what is made, as JSON-ready values; :func:`execution` fields are left out."""
-        skip = {
-            name
-            for name, field in type(self).model_fields.items()
-            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("execution")
-        }
+        """The fields that decide what is made, as JSON-ready values: no :func:`execution` ones, nor :func:`added_later` ones
+        at their default."""
+        skip = set()
+        for name, field in type(self).model_fields.items():
+            marks = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+            if marks.get("execution") or (marks.get("added_later") and getattr(self, name) == field.default):
+                skip.add(name)
         return self.model_dump(mode="json", exclude=skip)

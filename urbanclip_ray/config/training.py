@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from urbanclip_ray.config.section import Section, execution
+from urbanclip_ray.config.section import Section, added_later, execution
+
+ModelPart = Literal["image", "text", "decoder", "heads"]  # heads: the projections, the scale and bias of the logits
+
+MODEL_PARTS: tuple[ModelPart, ...] = get_args(ModelPart)
+
+
+HUB = "hf-hub:"  # before a repository's name, as in open_clip
 
 
 class ModelConfig(Section):
@@ -18,14 +25,16 @@ class ModelConfig(Section):
     patch_dropout: float = Field(default=0.0, ge=0, lt=1)  # share of patches hidden in training (FLIP, CVPR 2023)
     init_temperature: float = Field(default=0.07, gt=0)
     seed: int = 0
-    # Weights to start from: an open_clip tag of the architecture, or a safetensors file (path or URI). Not part of the
-    # content here, because a path says nothing: the pretrain stage takes the tag and revision, or the file's digest.
+    # Weights to start from: an open_clip tag of the architecture, hf-hub:OWNER/NAME, or a safetensors file (path or URI).
+    # Not part of the content here, because a path says nothing: the pretrain stage takes the tag and revision, or the file's
+    # digest.
     pretrained: str = execution("")
-    pretrained_revision: str = execution("main")  # of the hub repository behind the tag: a commit, to be reproducible
+    pretrained_revision: str = execution("main")  # of the hub repository (behind the tag): a commit, to be reproducible
 
     @property
     def pretrained_is_file(self) -> bool:
-        return "/" in self.pretrained or self.pretrained.endswith(".safetensors")
+        is_path = "/" in self.pretrained or self.pretrained.endswith(".safetensors")
+        return is_path and not self.pretrained.startswith(HUB)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -86,6 +95,12 @@ class TrainConfig(Section):
     caption_weight: float = Field(default=1.0, ge=0)
     max_logit_scale: float = Field(default=100.0, gt=1)
     precision: Literal["bf16", "fp32"] = "bf16"
+    freeze: tuple[ModelPart, ...] = added_later(())  # parts that are not trained
+    # learning rates of single parts, as multiples of lr
+    lr_scales: dict[ModelPart, Annotated[float, Field(gt=0)]] = added_later({})
+    # Of the moving average of the weights, which is then what is written as the run's weights (validation during training is of
+    # the weights themselves). 0: none; at step t it is at most (1 + t) / (10 + t).
+    ema_decay: float = added_later(0.0, ge=0, lt=1)
     text_mode: Literal["sentence", "paragraph"] = "sentence"
     augment: AugmentConfig = AugmentConfig()
     shuffle_window_rows: int = Field(default=8192, ge=1)
@@ -94,6 +109,9 @@ class TrainConfig(Section):
     seed: int = 0
     # what the ranks share out: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights too
     zero_stage: Literal[0, 1, 2, 3] = execution(1)
+    offload_optimizer: bool = execution(False)  # to the host's memory, from zero_stage 1 on
+    activation_checkpointing: bool = execution(False)  # less memory, and a block's forward once more in the backward
+    compile: bool = execution(False)  # by torch.compile, block by block; not with zero_stage 3
     checkpoint_every_steps: int = execution(100, ge=1)
     keep_checkpoints: int = execution(2, ge=1)
     max_failures: int = execution(2, ge=0)  # restarts after a lost worker before the run gives up
@@ -128,6 +146,16 @@ class TrainConfig(Section):
             )
         if self.contrastive_weight == 0 and self.caption_weight == 0:
             raise ValueError("train.contrastive_weight and train.caption_weight are both 0: nothing would be learned")
+        if set(self.freeze) == set(MODEL_PARTS):
+            raise ValueError("train.freeze names every part of the model: leave one out, or nothing would be learned")
+        if scaled := sorted(set(self.freeze) & set(self.lr_scales)):
+            raise ValueError(f"train.lr_scales speaks of {', '.join(scaled)}, which train.freeze keeps as it is: name it once")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError(
+                "train.compile cannot trace the gathering of zero_stage 3: set train.compile=false or a lower stage"
+            )
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("train.offload_optimizer is a part of ZeRO: set train.zero_stage to 1 or above")
         return self
 
 

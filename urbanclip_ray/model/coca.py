@@ -7,13 +7,16 @@ parameters only there and traverses only tuples, lists and dicts.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from open_clip.coca_model import CoCa as OpenClipCoCa
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from urbanclip_ray.model.attention import Block, use_own_attention
 from urbanclip_ray.model.losses import CaptionLoss, caption_loss, shift_tokens
 from urbanclip_ray.model.tokenize import PAD_ID
 
@@ -43,6 +46,7 @@ class CoCa(nn.Module):
         self.inner = OpenClipCoCa(
             **settings, nonscalar_logit_scale=True, init_logit_scale=math.log(1 / init_temperature), pad_id=PAD_ID
         )
+        use_own_attention(self.inner)
         self.config = open_clip_config
         # open_clip leaves the decoder's projection uninitialised
         nn.init.normal_(self.inner.text_decoder.text_projection, std=self.inner.text_decoder.width**-0.5)
@@ -65,30 +69,46 @@ class CoCa(nn.Module):
 
         Equal to open_clip at full length, for any number of places >= min(longest text + 1, context_length): the class
         token keeps the last positional row. The mask is the legacy one of all published CoCa weights (the padding mask
-        is shifted by one place), under which the class token sees the first place of padding, hence the "+ 1".
+        is shifted by one place), under which the class token sees the first place of padding, hence the "+ 1"; with
+        `inner.text.correct_cls_mask` it is the one that was meant.
         """
         tower = self.inner.text
         rows, places = tokens.shape
         positions = tower.positional_embedding
         x = torch.cat([tower.token_embedding(tokens), tower.cls_emb.expand(rows, 1, -1)], dim=1)
         x = x + torch.cat([positions[:places], positions[-1:]])
-        visible = torch.cat([torch.ones_like(tokens[:, :1], dtype=torch.bool), tokens != PAD_ID], dim=1)
-        causal = torch.ones(places + 1, places + 1, dtype=torch.bool, device=tokens.device).tril()
-        mask = torch.zeros(rows, places + 1, places + 1, device=tokens.device)
-        mask = mask.masked_fill(~(visible[:, None, :] & causal), float("-inf"))
-        x = tower.transformer(x, attn_mask=mask.repeat_interleave(tower.heads, dim=0))
+        x = tower.transformer(x, attn_mask=self._text_mask(tokens))
         pooled = tower.ln_final(x[:, -1]) @ tower.text_projection
         return F.normalize(pooled.float(), dim=-1), x[:, :-1]
 
+    def _text_mask(self, tokens: Tensor) -> Tensor:
+        """What is added to the logits of every head: [rows, 1, places + 1, places + 1], the class token last."""
+        places = tokens.shape[1]
+        always = torch.ones_like(tokens[:, :1], dtype=torch.bool)
+        is_text = tokens != PAD_ID
+        visible = torch.cat([is_text, always] if self.inner.text.correct_cls_mask else [always, is_text], dim=1)
+        causal = torch.ones(places + 1, places + 1, dtype=torch.bool, device=tokens.device).tril()
+        mask = torch.zeros(len(tokens), 1, places + 1, places + 1, device=tokens.device)
+        return mask.masked_fill(~(visible[:, None, None, :] & causal), float("-inf"))
+
     def decode(self, image_tokens: Tensor, text_tokens: Tensor) -> Tensor:
         """Hidden states [rows, places, width] of the decoder, before the vocabulary projection."""
-        decoder = self.inner.text_decoder
-        places = text_tokens.shape[1]
-        x = text_tokens
+        decoder, x = self.inner.text_decoder, text_tokens
+        run = partial(checkpoint, use_reentrant=False) if decoder.grad_checkpointing else _call
         for block, cross in zip(decoder.resblocks, decoder.cross_attn, strict=True):
-            x = block(x, attn_mask=decoder.attn_mask[:places, :places])
-            x = cross(x, k_x=image_tokens, v_x=image_tokens)
+            x = run(block, x, is_causal=True)
+            x = run(cross, x, image_tokens, image_tokens)
         return decoder.ln_final(x)
+
+    def checkpoint_activations(self) -> None:
+        """Keep of every block its input alone for the backward, which computes the rest again."""
+        self.inner.set_grad_checkpointing()
+
+    def compile_blocks(self) -> None:
+        """Let torch compile the blocks, each kind of them once; texts of any length share what was compiled."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.compile()
 
     def forward(self, images: Tensor | None, tokens: Tensor | None, with_caption: bool = True) -> CoCaOutput:
         """A micro-batch of pairs, or images or texts alone: what is not given has an embedding of no rows."""
@@ -103,6 +123,11 @@ class CoCa(nn.Module):
             hidden = self.decode(image_tokens, text_tokens[:, :-1])
             caption = caption_loss(hidden, self.inner.text_decoder.text_projection, labels, PAD_ID)
         return CoCaOutput(image, text, *caption, scale, bias)
+
+
+def _call(block: nn.Module, *inputs: Tensor, **settings: bool) -> Tensor:
+    found: Tensor = block(*inputs, **settings)
+    return found
 
 
 def build_model(open_clip_config: dict[str, Any], seed: int, init_temperature: float = 0.07) -> CoCa:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from urbanclip_ray.config import ConfigError, Features
 from urbanclip_ray.errors import one_line
+from urbanclip_ray.model.attention import use_own_attention
 from urbanclip_ray.model.preprocess import IMAGE_MEAN, IMAGE_STD
 from urbanclip_ray.model.weights import CONFIG_FILE, WEIGHTS_FILE
 from urbanclip_ray.storage import join, read_bytes
@@ -119,6 +120,7 @@ def make_tower(model: dict[str, Any], seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tower: nn.Module = _build_vision_tower(model["embed_dim"], vision, model.get("quick_gelu", False))
+    use_own_attention(tower)
     return tower
 
 

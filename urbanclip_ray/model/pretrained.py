@@ -1,14 +1,14 @@
-"""Weights to start pretraining from: open_clip's published ones, or a file. Safetensors alone: nothing is unpickled.
+"""Weights to start pretraining from: open_clip's published ones, others of the hub, or a file.
 
-They must fit the architecture name by name and shape by shape. Published CoCa weights were trained under open_clip's legacy
-class mask, which is the one that `model.coca` applies.
+Safetensors alone: nothing is unpickled. They must fit the architecture name by name and shape by shape. Published CoCa weights
+were trained under open_clip's legacy class mask, which is the one that `model.coca` applies.
 """
 
 from __future__ import annotations
 
 import hashlib
 
-from urbanclip_ray.config import ConfigError, ModelConfig
+from urbanclip_ray.config import HUB, ConfigError, ModelConfig
 from urbanclip_ray.model.coca import CoCa
 from urbanclip_ray.model.weights import WEIGHTS_FILE, fill_model
 from urbanclip_ray.storage import READ_CHUNK_BYTES, join, read_bytes, resolve
@@ -20,7 +20,8 @@ def identify_start(config: ModelConfig) -> str:
         return ""
     if config.pretrained_is_file:
         return file_sha256(start_file(config))
-    return f"{config.architecture}/{config.pretrained}@{config.pretrained_revision}"
+    name = config.pretrained if config.pretrained.startswith(HUB) else f"{config.architecture}/{config.pretrained}"
+    return f"{name}@{config.pretrained_revision}"
 
 
 def start_file(config: ModelConfig) -> str:
@@ -43,20 +44,14 @@ def file_sha256(uri: str, key: str = "model.pretrained") -> str:
 
 
 def download_start(config: ModelConfig) -> str:
-    """The local path of open_clip's published weights of a tag, from the hub or its cache on this machine.
+    """The local path of published weights, of a tag of open_clip's or a repository, from the hub or its cache on this machine.
 
     Only the repository's safetensors file is asked for, never the pickle beside it. Raises ConfigError where the tag is
     unknown or the file cannot be had.
     """
-    from open_clip.pretrained import download_pretrained_from_hf, get_pretrained_cfg, list_pretrained_tags_by_model
+    from open_clip.pretrained import download_pretrained_from_hf
 
-    repository = get_pretrained_cfg(config.architecture, config.pretrained).get("hf_hub", "").strip("/")
-    if not repository:
-        known = ", ".join(list_pretrained_tags_by_model(config.architecture)) or "none"
-        raise ConfigError(
-            f"model.pretrained={config.pretrained!r} is no tag of open_clip's {config.architecture} (it has {known}); a file "
-            "is named by a path with a / or by .safetensors"
-        )
+    repository = _repository(config)
     try:
         path: str = download_pretrained_from_hf(repository, WEIGHTS_FILE, revision=config.pretrained_revision)
     except OSError as error:
@@ -66,6 +61,22 @@ def download_start(config: ModelConfig) -> str:
             "--set model.pretrained=FILE.safetensors"
         ) from None
     return path
+
+
+def _repository(config: ModelConfig) -> str:
+    """The hub repository that `model.pretrained` names, or that open_clip has for it."""
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+
+    if config.pretrained.startswith(HUB):
+        return config.pretrained.removeprefix(HUB)
+    repository: str = get_pretrained_cfg(config.architecture, config.pretrained).get("hf_hub", "").strip("/")
+    if not repository:
+        known = ", ".join(list_pretrained_tags_by_model(config.architecture)) or "none"
+        raise ConfigError(
+            f"model.pretrained={config.pretrained!r} is no tag of open_clip's {config.architecture} (it has {known}); a "
+            f"repository is named by {HUB}OWNER/NAME, a file by a path with a / or by .safetensors"
+        )
+    return repository
 
 
 def fill_start(model: CoCa, uri: str) -> None:

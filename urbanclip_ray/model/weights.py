@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import safetensors.torch
+from torch import Tensor
 
 from urbanclip_ray.config import ConfigError
 from urbanclip_ray.model.coca import CoCa
@@ -36,9 +39,14 @@ class LoadedModel(NamedTuple):
     digest: str
 
 
-def weight_files(model: CoCa, tokenizer: TextTokenizer) -> dict[str, bytes]:
-    """Every file of a folder of weights, by name."""
+def weight_files(
+    model: CoCa, tokenizer: TextTokenizer, replaced: Mapping[str, Tensor] = MappingProxyType({})
+) -> dict[str, bytes]:
+    """Every file of a folder of weights, by name. `replaced` has values, flat, in the place of those of the model."""
     state = {name: value.detach().cpu().contiguous() for name, value in model.inner.state_dict().items()}
+    for name, value in replaced.items():
+        inner = name.removeprefix("inner.")
+        state[inner] = value.cpu().view(state[inner].shape)
     state |= {name: state[name].reshape(()) for name in SCALARS if name in state}
     config = {
         "model_cfg": model.config,

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from urbanclip_ray.storage import StorageError, join
 from urbanclip_ray.train.agree import from_all, from_first, rank_and_world
+from urbanclip_ray.train.average import WeightAverage
 from urbanclip_ray.train.checkpoint_files import (
+    AVERAGE,
     CUDA_RANDOM_STATE,
     RANDOM_STATE,
     WEIGHT,
@@ -70,22 +72,30 @@ def _check(uri: str, commit: bytes) -> tuple[Checkpoint | None, _Problem | None]
 
 
 def fill_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Copy all ranks' weight fragments into the model; before `deepspeed.initialize`, which copies them on."""
-    parts = {name: _Part(0, value.numel(), {WEIGHT: value.detach().view(-1)}) for name, value in model.named_parameters()}
+    """Copy all ranks' weight fragments into the model; before `deepspeed.initialize`, which copies them on.
+
+    Frozen parameters are in no checkpoint: they stay as they are.
+    """
+    trained = {name: value.detach().view(-1) for name, value in model.named_parameters() if value.requires_grad}
+    parts = {name: _Part(0, value.numel(), {WEIGHT: value}) for name, value in trained.items()}
     for piece in (piece for held in checkpoint.pieces for piece in held):
         if piece.name not in parts:
             raise StorageError(f"{checkpoint.uri} has a parameter {piece.name!r} that the model lacks")
     _fill(parts, (WEIGHT,), checkpoint)
 
 
-def restore_rank(engine: Any, checkpoint: Checkpoint, seed: int = 0) -> None:
-    """Copy back the moments of what this rank updates, and its random state.
+def restore_rank(engine: Any, checkpoint: Checkpoint, seed: int = 0, average: WeightAverage | None = None) -> None:
+    """Copy back the moments of what this rank updates, the average of its weights, and its random state.
 
     Another number of ranks than wrote it, or another torch, has no use for that: then it is a function of seed, step and
     rank.
     """
     allocate_moments(engine, checkpoint.step)
-    _fill({mine.name: _Part(mine.start, mine.numel, mine.moments) for mine in fragments(engine)}, MOMENTS, checkpoint)
+    mine = list(fragments(engine))
+    _fill({part.name: _Part(part.start, part.numel, part.moments) for part in mine}, MOMENTS, checkpoint)
+    if average is not None:
+        averages = {part.name: _Part(part.start, part.numel, {AVERAGE: average.values(part)}) for part in mine}
+        _fill(averages, (AVERAGE,), checkpoint)
     rank, num_ranks = rank_and_world()
     if checkpoint.num_ranks != num_ranks or not _restore_random_state(engine, checkpoint, rank):
         digest = hashlib.sha256(f"{seed} {checkpoint.step} {rank}".encode()).digest()
@@ -141,6 +151,8 @@ def _fill(parts: dict[str, _Part], kinds: Sequence[str], checkpoint: Checkpoint)
             with open_tensors(join(checkpoint.uri, tensors_name(rank))) as file:
                 for kind in kinds:
                     for overlap in overlaps:
+                        if f"{overlap.number}.{kind}" not in file.entries:  # what else is missing was found when it was checked
+                            raise StorageError(f"{checkpoint.uri} has no {kind} of the weights: was train.ema_decay 0 before?")
                         overlap.copy(file.read(f"{overlap.number}.{kind}"), kind)
     if lacking := [name for name, count in missing.items() if count]:
         raise StorageError(f"{checkpoint.uri} does not hold all of {', '.join(lacking[:3])}")

@@ -1,6 +1,7 @@
 """The files of a checkpoint: their names, what they say, and the check before any of it is believed.
 
-    checkpoints/step-00000100-5f0c9a31/rank-00000.safetensors   fp32 weight and moment fragments of a rank, its random state
+    checkpoints/step-00000100-5f0c9a31/rank-00000.safetensors   fp32 weight and moment fragments of a rank (averages of
+                                       weights too, where the training keeps them), its random state
                                        rank-00000.json          which fragment is which
                                        run.json                 curves, and which rows were consumed
                                        tokenizer.json, ...      what else the weights need to be of use
@@ -28,6 +29,7 @@ from urbanclip_ray.train.tensor_file import BUFFER_BYTES, DamagedError, first_er
 COMMIT, RUN = "commit.json", "run.json"
 RANDOM_STATE, CUDA_RANDOM_STATE = "random_state", "cuda_random_state"
 WEIGHT = "weight"
+AVERAGE = "average"  # of the weight, where the training keeps one
 FOLDER = re.compile(r"step-(\d{8})-([0-9a-f]{8})")
 FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 MAX_JSON_BYTES = 256 << 20
@@ -210,7 +212,7 @@ def _check_tensors(checkpoint: Checkpoint, rank: int) -> None:
         dtype, numel = found.pop(name, ("U8", 0))
         if dtype != "U8" or numel > MAX_RANDOM_STATE_BYTES:
             raise DamagedError(f"{where} is damaged: its {name} is none")
-    kinds = (WEIGHT, *MOMENTS)
+    kinds = (WEIGHT, *MOMENTS, *((AVERAGE,) if f"0.{AVERAGE}" in found else ()))
     pieces = checkpoint.pieces[rank]
     expected = {f"{number}.{kind}": ("F32", piece.numel) for number, piece in enumerate(pieces) for kind in kinds}
     if found != expected:

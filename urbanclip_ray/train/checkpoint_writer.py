@@ -25,7 +25,9 @@ from urbanclip_ray.storage import (
     write_bytes,
 )
 from urbanclip_ray.train.agree import from_first, rank_and_world
+from urbanclip_ray.train.average import WeightAverage
 from urbanclip_ray.train.checkpoint_files import (
+    AVERAGE,
     COMMIT,
     CUDA_RANDOM_STATE,
     RANDOM_STATE,
@@ -73,7 +75,14 @@ class CheckpointWriter:
         self._given_up = threading.Event()
 
     def save(
-        self, engine: Any, step: int, *, history: Mapping[str, Any], progress: Mapping[str, Any], files: Mapping[str, bytes]
+        self,
+        engine: Any,
+        step: int,
+        *,
+        history: Mapping[str, Any],
+        progress: Mapping[str, Any],
+        files: Mapping[str, bytes],
+        average: WeightAverage | None = None,
     ) -> None:
         """Called by all ranks after `step` optimizer steps; returns when this rank's state is copied.
 
@@ -81,7 +90,7 @@ class CheckpointWriter:
         before it that is still being written is waited for. Raises what went wrong with that one.
         """
         self._finish()
-        pieces, tensors = _copy_state(engine)
+        pieces, tensors = _copy_state(engine, average)
         run = {RUN: json.dumps({"history": history, "progress": progress}).encode(), **files} if self._rank == 0 else {}
         snapshot = Snapshot(step, pieces, tensors, run)
         # a daemon, so that waiting for the files of a rank that died does not keep this process alive
@@ -190,12 +199,14 @@ class CheckpointWriter:
             delete_folder(uri)
 
 
-def _copy_state(engine: Any) -> tuple[tuple[Piece, ...], memoryview]:
+def _copy_state(engine: Any, average: WeightAverage | None) -> tuple[tuple[Piece, ...], memoryview]:
     """Which fragments this rank writes, and a safetensors file of them and of its random state."""
     held = list(written_fragments(engine))
     tensors = {f"{number}.{WEIGHT}": fragment.weight for number, fragment in enumerate(held)}
     for moment in MOMENTS:  # kind by kind: who resumes reads all weights first, then all moments
         tensors |= {f"{number}.{moment}": fragment.moments[moment] for number, fragment in enumerate(held)}
+    if average is not None:
+        tensors |= {f"{number}.{AVERAGE}": average.values(fragment) for number, fragment in enumerate(held)}
     tensors[RANDOM_STATE] = torch.get_rng_state()
     if engine.device.type == "cuda":
         tensors[CUDA_RANDOM_STATE] = torch.cuda.get_rng_state()

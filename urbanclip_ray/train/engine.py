@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from urbanclip_ray.config import TrainConfig
+from urbanclip_ray.model.parts import part_of
 
 REDUCE_BUCKET_NUMEL = 50_000_000  # 200 MB of fp32 gradients; DeepSpeed's default takes 2 GB, however small the model is
 
@@ -26,7 +25,12 @@ def deepspeed_config(config: TrainConfig, num_ranks: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": cut.rows_per_forward,
         "gradient_accumulation_steps": cut.num_forwards * cut.num_contrastive,
         "gradient_clipping": config.clip_norm,
-        "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": REDUCE_BUCKET_NUMEL},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "reduce_bucket_size": REDUCE_BUCKET_NUMEL,
+            **({"offload_optimizer": {"device": "cpu"}} if config.offload_optimizer else {}),
+        },
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW takes offloaded values too, and compiles nothing
         "torch_autocast": {
             "enabled": config.precision == "bf16",
             "dtype": "bfloat16",
@@ -49,25 +53,23 @@ def start_engine(model: nn.Module, config: TrainConfig) -> Any:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; matrices decay, vectors do not (open_clip's rule)."""
-    matrices = [value for value in model.parameters() if value.ndim >= 2]
-    vectors = [value for value in model.parameters() if value.ndim < 2]
+    """AdamW over what is not frozen. Matrices decay; vectors (norms, biases, the logit scale) do not, as in open_clip.
+
+    Parts of a CoCa that learn at a rate of their own (`train.lr_scales`) are groups of their own.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, value in model.named_parameters():
+        if value.requires_grad:
+            part = part_of(name)
+            scale = 1.0 if part is None else config.lr_scales.get(part, 1.0)
+            groups.setdefault((scale, config.weight_decay if value.ndim >= 2 else 0.0), []).append(value)
     return torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        [{"params": held, "weight_decay": decay, "lr_scale": scale} for (scale, decay), held in groups.items()],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
+        fused=True,  # reads and writes every value once: a quarter of the time of the plain one
     )
-
-
-def attention_kernel(device: torch.device, config: TrainConfig) -> AbstractContextManager[None]:
-    """The attention to train with: PyTorch's own choice, but the unfused one for bf16 on a CPU.
-
-    There the fused kernel's backward is slow: with 33 to 129 tokens the unfused one takes half to two thirds of its time
-    (torch 2.14, AVX-512 bf16; with 257 it loses).
-    """
-    unfused = device.type == "cpu" and config.precision == "bf16"
-    return sdpa_kernel(SDPBackend.MATH) if unfused else nullcontext()
 
 
 def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:
@@ -78,6 +80,7 @@ def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
 
 
-def set_learning_rate(engine: Any, lr: float) -> None:
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+def set_learning_rate(optimizer: Any, lr: float) -> None:
+    """Of :func:`make_optimizer`'s groups, each by its own scale; `optimizer` may be DeepSpeed's around it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]

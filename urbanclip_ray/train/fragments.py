@@ -48,7 +48,9 @@ class _Place(NamedTuple):
 
 
 def _place(engine: Any, parameter: Any) -> _Place | None:
-    """Where this rank keeps its part of a parameter; None where it has none."""
+    """Where this rank keeps its part of a parameter; None where it has none, or the parameter is frozen."""
+    if not parameter.requires_grad:
+        return None
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     if stage == 0:
         return _Place(parameter, 0, 0, parameter.numel())
@@ -65,7 +67,7 @@ def _place(engine: Any, parameter: Any) -> _Place | None:
 
 
 def fragments(engine: Any) -> Iterator[Fragment]:
-    """What this rank updates, parameter by parameter; in stage 0 that is everything, on every rank.
+    """What this rank updates, parameter by parameter; in stage 0 that is everything that is not frozen, on every rank.
 
     `moments` is empty before the first step, unless :func:`allocate_moments` was called.
     """
@@ -93,12 +95,12 @@ def allocate_moments(engine: Any, steps_taken: int) -> None:
     """Create AdamW's state before the first step, so that a checkpoint's moments can be copied in."""
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     if stage == 0:
-        updated = list(engine.module.parameters())
+        updated = [value for value in engine.module.parameters() if value.requires_grad]
     else:  # not from the places of parameters: a rank also updates what is padding alone
         updated = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
     for held in updated:
         engine.basic_optimizer.state[held] = {
-            "step": torch.tensor(float(steps_taken)),
+            "step": torch.tensor(float(steps_taken), device=held.device),
             **{moment: torch.zeros_like(held) for moment in MOMENTS},
         }
 

@@ -4,36 +4,38 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from urbanclip_ray.config import RunConfig
-from urbanclip_ray.model.coca import build_model
+from urbanclip_ray.model.coca import CoCa, build_model
+from urbanclip_ray.model.parts import freeze_parts
 from urbanclip_ray.model.pretrained import fill_start
 from urbanclip_ray.model.tokenize import TextTokenizer, load_tokenizer
 from urbanclip_ray.model.weights import weight_files
 from urbanclip_ray.storage import Dataset, join, open_dataset, write_bytes
 from urbanclip_ray.terminal import counted
+from urbanclip_ray.train.average import WeightAverage
 from urbanclip_ray.train.batches import BatchMaker, prefetch, train_steps
 from urbanclip_ray.train.checkpoint import fill_weights, find_checkpoint, restore_rank
+from urbanclip_ray.train.checkpoint_files import Checkpoint
 from urbanclip_ray.train.checkpoint_writer import CheckpointWriter
 from urbanclip_ray.train.curves import Curves
 from urbanclip_ray.train.device import DEVICE_FILE, describe_rank
-from urbanclip_ray.train.engine import attention_kernel, start_engine
+from urbanclip_ray.train.engine import start_engine
 from urbanclip_ray.train.fragments import whole_weights
 from urbanclip_ray.train.guards import TrainError, stop_if_not_finite, stop_if_ranks_differ
 from urbanclip_ray.train.memory import describe_memory, plan_memory
 from urbanclip_ray.train.order import Order
 from urbanclip_ray.train.progress import Progress
 from urbanclip_ray.train.shards import ShardReader, count_steps
+from urbanclip_ray.train.speed import Speedometer
 from urbanclip_ray.train.step import take_step
 from urbanclip_ray.train.validate import validate
-
-PRINT_EVERY_S = 15.0
 
 AfterStep = Callable[[Any, int, int], None]  # the engine, the steps taken, all steps: called alike by all ranks
 
@@ -57,6 +59,7 @@ class Rank(NamedTuple):
     """What a rank trains with, made once at its start."""
 
     engine: Any  # DeepSpeed's, around a CoCa
+    average: WeightAverage | None
     shards: Dataset
     reader: ShardReader
     val_reader: ShardReader
@@ -73,15 +76,17 @@ def train_rank(spec: TrainSpec) -> None:
     num_steps, first_step = rank.order.num_steps, rank.order.first_step
     curves = Curves(spec.tensorboard_uri if dist.get_rank() == 0 else None, rank.history, first_step)
     validate_at = {math.ceil(num_steps * (part + 1) / config.validations) for part in range(config.validations)}
-    clock = Clock(num_steps, first_step)
+    speed = Speedometer(rank.engine.device, config, num_steps, first_step)
     with CheckpointWriter(spec.checkpoints_uri, config.keep_checkpoints) as writer:
-        for step in prefetch(train_steps(rank.reader, rank.maker, rank.order, dist.get_rank())):
-            with attention_kernel(rank.engine.device, config):
-                result = take_step(rank.engine, step, num_steps, config)
+        for step in speed.waits(prefetch(train_steps(rank.reader, rank.maker, rank.order, dist.get_rank()))):
+            result = speed.run(partial(take_step, rank.engine, step, num_steps, config))
             stop_if_not_finite(result, rank.shards, spec.failures_uri)
             taken = step.step + 1
-            curves.train(result.record | {"samples_per_s": clock.tick(config.global_batch_size)})
-            clock.show(result.record)
+            if rank.average is not None:
+                rank.average.update(taken)
+            record = result.record | speed.tick(result.num_tokens)
+            curves.train(record)
+            speed.show(record)
             if taken in validate_at and rank.val_reader.num_rows:
                 figures = validate(rank.engine, rank.val_reader, rank.maker, rank.tokenizer, config)
                 curves.validation({"step": taken, "epoch": step.epoch, **figures})
@@ -91,7 +96,14 @@ def train_rank(spec: TrainSpec) -> None:
             if taken % config.checkpoint_every_steps == 0 and taken < num_steps:
                 stop_if_ranks_differ(rank.engine, taken)
                 progress = rank.order.progress_after(taken).to_json() if dist.get_rank() == 0 else {}
-                writer.save(rank.engine, taken, history=curves.history, progress=progress, files=spec.tokenizer_files)
+                writer.save(
+                    rank.engine,
+                    taken,
+                    history=curves.history,
+                    progress=progress,
+                    files=spec.tokenizer_files,
+                    average=rank.average,
+                )
     write_results(spec, rank, curves)
     curves.close()
     dist.barrier()
@@ -116,25 +128,40 @@ def start_rank(spec: TrainSpec) -> Rank:
         memory = plan_memory(num_parameters, model.embedding_width, model.image_px, config, num_ranks)
         print(f"{counted(num_ranks, 'worker')}: each will hold {describe_memory(memory)}", flush=True)
     checkpoint = find_checkpoint(spec.checkpoints_uri)
-    if checkpoint is not None:
-        fill_weights(model, checkpoint)
-    elif spec.start_uri:
-        fill_start(model, spec.start_uri)
-    engine = start_engine(model, config)
-    if checkpoint is not None:
-        restore_rank(engine, checkpoint, config.seed)
+    engine, average = start_training(model, spec, checkpoint)
     progress = Progress.from_json(checkpoint.progress) if checkpoint else None
     order = Order(reader.rows_per_file, config, num_ranks, progress)
     if checkpoint is not None and index == 0:
         print(f"going on from {checkpoint.uri}, after {order.first_step} of {order.num_steps} steps", flush=True)
     maker = BatchMaker(config, spec.config.pixels, tokenizer, model.image_px)
-    return Rank(engine, shards, reader, val_reader, order, maker, tokenizer, checkpoint.history if checkpoint else None)
+    history = checkpoint.history if checkpoint else None
+    return Rank(engine, average, shards, reader, val_reader, order, maker, tokenizer, history)
+
+
+def start_training(model: CoCa, spec: TrainSpec, checkpoint: Checkpoint | None) -> tuple[Any, WeightAverage | None]:
+    """The engine of a model with the weights that it starts or goes on from, and their average where one is kept."""
+    config = spec.config.train
+    freeze_parts(model, config.freeze)
+    if spec.start_uri and (checkpoint is None or config.freeze):  # what is frozen is in no checkpoint
+        fill_start(model, spec.start_uri)
+    if checkpoint is not None:
+        fill_weights(model, checkpoint)
+    if config.activation_checkpointing:
+        model.checkpoint_activations()
+    if config.compile:
+        model.compile_blocks()
+    engine = start_engine(model, config)
+    average = WeightAverage(engine, config.ema_decay) if config.ema_decay else None
+    if checkpoint is not None:
+        restore_rank(engine, checkpoint, config.seed, average)
+    return engine, average
 
 
 def write_results(spec: TrainSpec, rank: Rank, curves: Curves) -> None:
-    """Called by all ranks; rank 0 writes the weights, the history and what it ran on."""
+    """Called by all ranks; rank 0 writes the weights, or their average where one is kept, the history and what it ran on."""
+    averages = {name: value for name, value in rank.average.whole() if dist.get_rank() == 0} if rank.average else {}
     with whole_weights(rank.engine):
-        files = weight_files(rank.engine.module, rank.tokenizer) if dist.get_rank() == 0 else {}
+        files = weight_files(rank.engine.module, rank.tokenizer, averages) if dist.get_rank() == 0 else {}
     if dist.get_rank() == 0:
         files["history.json"] = json.dumps(curves.history).encode()
         files[DEVICE_FILE] = json.dumps(describe_rank(rank.engine.device)).encode()
@@ -148,33 +175,5 @@ def show_validation(figures: dict[str, float], taken: int, num_steps: int) -> No
             f"step {taken}/{num_steps} validation: contrastive {figures['contrastive']:.3f}, caption "
             f"{figures['caption']:.3f}, R@10 image to text {figures['image_to_text_r10']:.1%}, text to image "
             f"{figures['text_to_image_r10']:.1%} ({figures['num_images']:.0f} images, {figures['num_texts']:.0f} texts)",
-            flush=True,
-        )
-
-
-class Clock:
-    """Speed and time left, shown by rank 0 every few seconds."""
-
-    def __init__(self, num_steps: int, first_step: int) -> None:
-        self._num_steps, self._first = num_steps, first_step
-        self._start = self._last = time.monotonic()
-        self._shown = 0.0
-
-    def tick(self, samples: int) -> float:
-        """Samples per second of the step that just ended."""
-        now = time.monotonic()
-        speed = samples / max(now - self._last, 1e-9)
-        self._last = now
-        return speed
-
-    def show(self, record: dict[str, float]) -> None:
-        taken = int(record["step"])
-        if dist.get_rank() or (self._last - self._shown < PRINT_EVERY_S and taken < self._num_steps):
-            return
-        self._shown = self._last
-        left_s = (self._last - self._start) / max(1, taken - self._first) * (self._num_steps - taken)
-        print(
-            f"step {taken}/{self._num_steps} epoch {int(record['epoch']) + 1}: contrastive {record['contrastive']:.3f}, "
-            f"caption {record['caption']:.3f}, lr {record['lr']:.1e}, {left_s / 60:.1f} min left",
             flush=True,
         )

@@ -16,6 +16,7 @@ class RankMemory(NamedTuple):
     weights: int
     gradients: int
     optimizer: int  # AdamW's moments, and DeepSpeed's own copy of the weights that this rank updates
+    average: int  # of the weights that this rank updates, where one is kept
     embeddings: int  # of the contrastive batch: all ranks' rows, this rank's with their gradients
     pixels: int  # of one forward, as floats
     spooled_pixels: int  # of three steps, on the local disk: one in use, one ready, one being made
@@ -37,6 +38,7 @@ def plan_memory(num_parameters: int, embedding_width: int, image_px: int, config
         weights=share if stage == 3 else whole,
         gradients=share if stage >= 2 else whole,
         optimizer=MOMENTS_PER_PARAMETER * whole if stage == 0 else (MOMENTS_PER_PARAMETER + 1) * share,
+        average=(whole if stage == 0 else share) if config.ema_decay else 0,
         embeddings=FP32_BYTES * embedding_width * (2 * config.contrastive_batch_size + own_rows),
         pixels=FP32_BYTES * values_per_image * cut.rows_per_forward,
         spooled_pixels=3 * values_per_image * cut.rows_per_step if cut.num_forwards * cut.num_contrastive > 1 else 0,
@@ -46,7 +48,9 @@ def plan_memory(num_parameters: int, embedding_width: int, image_px: int, config
 def describe_memory(memory: RankMemory) -> str:
     """One line."""
     shown = [
-        f"{name.replace('_', ' ')} {show_bytes(size)}" for name, size in memory._asdict().items() if name != "spooled_pixels"
+        f"{name.replace('_', ' ')} {show_bytes(size)}"
+        for name, size in memory._asdict().items()
+        if size and name != "spooled_pixels"
     ]
     disk = f"; {show_bytes(memory.spooled_pixels)} of pixels on its disk" if memory.spooled_pixels else ""
     return f"{show_bytes(memory.held)} and what a forward keeps for its backward ({', '.join(shown)}){disk}"

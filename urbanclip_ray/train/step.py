@@ -33,6 +33,7 @@ class StepResult(NamedTuple):
     record: dict[str, float]
     row_ids: Tensor  # of this rank, in the order of the step
     is_finite: Tensor  # [rows]: whether the embeddings and the caption loss of each are
+    num_tokens: int  # of all ranks' texts, padding not counted
 
 
 def take_step(engine: Any, step: TrainStep, num_steps: int, config: TrainConfig) -> StepResult:
@@ -42,7 +43,7 @@ def take_step(engine: Any, step: TrainStep, num_steps: int, config: TrainConfig)
     num_labels = torch.tensor(step.num_labels, device=engine.device)
     dist.all_reduce(num_labels)
     lr = learning_rate(step.step, num_steps, config)
-    set_learning_rate(engine, lr)
+    set_learning_rate(engine.optimizer, lr)
     # DeepSpeed averages gradients over ranks: a mean over the labels of all ranks is a sum times this
     passes = _Passes(engine, config, 1 / cut.num_contrastive, num_ranks / max(1, int(num_labels)))
     for first in range(0, len(step.micro_batches), cut.num_forwards):
@@ -63,7 +64,8 @@ def take_step(engine: Any, step: TrainStep, num_steps: int, config: TrainConfig)
         "logit_scale": passes.logit_scale,
         "gradient_norm": passes.gradient_norm,
     }
-    return StepResult(record, torch.cat(passes.row_ids), torch.cat(passes.is_finite).cpu())
+    num_tokens = int(num_labels) + config.global_batch_size  # a text's first token is no label
+    return StepResult(record, torch.cat(passes.row_ids), torch.cat(passes.is_finite).cpu(), num_tokens)
 
 
 class _Passes:

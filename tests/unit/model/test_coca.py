@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import open_clip.coca_model
 import pytest
 import torch
 from torch.nn import functional as F
@@ -12,6 +13,7 @@ from writing_models import shrunken_b32
 from urbanclip_ray.config import ModelConfig
 from urbanclip_ray.model.architectures import open_clip_config
 from urbanclip_ray.model.coca import CoCa, build_model
+from urbanclip_ray.model.losses import contrastive_loss
 from urbanclip_ray.model.tokenize import PAD_ID
 
 VOCAB_SIZE = 400
@@ -23,10 +25,15 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(params=list(CONFIGS))
+MASKS = ("legacy", "correct")  # of the class token
+
+
+@pytest.fixture(params=[(name, mask) for name in CONFIGS for mask in MASKS], ids="-".join)
 def model(request) -> CoCa:
     """In evaluation mode, with weights far from their small initial values, so that places and masks matter."""
-    model = build_model(copy.deepcopy(CONFIGS[request.param]), seed=1).eval()
+    name, mask = request.param
+    model = build_model(copy.deepcopy(CONFIGS[name]), seed=1).eval()
+    model.inner.text.correct_cls_mask = mask == "correct"
     with torch.no_grad():
         random = torch.Generator().manual_seed(2)
         for parameter in (
@@ -36,6 +43,15 @@ def model(request) -> CoCa:
         ):
             parameter.copy_(torch.randn(parameter.shape, generator=random))
     return model
+
+
+def as_open_clip(model: CoCa) -> open_clip.coca_model.CoCa:
+    """The same weights in open_clip's own model, which runs its own attention."""
+    settings = {key: value for key, value in model.config.items() if key != "custom_text"}
+    theirs = open_clip.coca_model.CoCa(**settings, nonscalar_logit_scale=True)
+    theirs.load_state_dict(model.inner.state_dict())
+    theirs.text.correct_cls_mask = model.inner.text.correct_cls_mask
+    return theirs.eval()
 
 
 def make_tokens(lengths: list[int], places: int) -> torch.Tensor:
@@ -72,7 +88,7 @@ def test_trimmed_text_gives_open_clips_full_length_results(model, kind):
     images = make_images(model, len(tokens))
     with torch.no_grad():
         ours = model(images, trim(tokens))
-        theirs = model.inner(images, tokens)
+        theirs = as_open_clip(model)(images, tokens)
     close(ours.text, theirs["text_features"])
     close(ours.image, theirs["image_features"])
     close(model.inner.encode_text(tokens), ours.text)
@@ -89,21 +105,53 @@ def test_gradients_are_those_of_the_full_length(model):
     images = make_images(model, len(tokens))
     weights = torch.randn(2, len(tokens), model.embedding_width, generator=torch.Generator().manual_seed(4))
 
-    def gradients(image, text, caption, scale):
-        model.zero_grad()
+    reference = as_open_clip(model)
+
+    def gradients(module, image, text, caption, scale):
         ((image * weights[0]).sum() + (text * weights[1]).sum() * scale / 10 + caption).backward()
-        return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+        return {name: value.grad.clone() for name, value in module.named_parameters() if value.grad is not None}
 
     ours = model(images, trim(tokens))
-    found = gradients(ours.image, ours.text, ours.caption_sum / ours.caption_count, ours.logit_scale)
-    theirs = model.inner(images, tokens)
+    found = gradients(model.inner, ours.image, ours.text, ours.caption_sum / ours.caption_count, ours.logit_scale)
+    theirs = reference(images, tokens)
     caption = F.cross_entropy(theirs["logits"].permute(0, 2, 1), theirs["labels"], ignore_index=PAD_ID)
-    reference = gradients(theirs["image_features"], theirs["text_features"], caption, theirs["logit_scale"].squeeze())
-    assert found.keys() == reference.keys()
+    scale = theirs["logit_scale"].squeeze()
+    expected = gradients(reference, theirs["image_features"], theirs["text_features"], caption, scale)
+    assert found.keys() == expected.keys()
     assert len(found) > 30
-    for name, gradient in reference.items():
+    for name, gradient in expected.items():
         error = (found[name] - gradient).abs().max() / gradient.abs().max().clamp(min=1e-3)
         assert float(error) < 1e-4, name
+
+
+def losses_and_gradients(
+    model: CoCa, images: torch.Tensor, tokens: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    output = model(images, tokens)
+    keys = torch.arange(len(tokens))
+    contrastive = contrastive_loss(output.image, output.text, keys, output.logit_scale)
+    losses = torch.stack([contrastive, output.caption_sum / output.caption_count])
+    losses.sum().backward()
+    return losses.detach(), {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_losses_and_gradients_do_not_depend_on_the_padding(name, mask, dtype, tolerance):
+    """Of weights as they are initialised; gradients by the norm of their parameter's."""
+    model = build_model(CONFIGS[name], seed=1).to(dtype)
+    model.inner.text.correct_cls_mask = mask == "correct"
+    tokens = make_tokens(lengths_of(model, "short"), model.inner.text.context_length)
+    images = make_images(model, len(tokens)).to(dtype)
+    losses, gradients = losses_and_gradients(model, images, trim(tokens))
+    full_losses, full_gradients = losses_and_gradients(model, images, tokens)
+    assert float((losses - full_losses).abs().max()) <= tolerance
+    assert gradients.keys() == full_gradients.keys()
+    for parameter, gradient in full_gradients.items():
+        error = (gradients[parameter] - gradient).norm() / gradient.norm().clamp(min=1)
+        assert float(error) <= tolerance, parameter
 
 
 def test_the_class_token_keeps_the_last_position_and_needs_one_column_of_padding(model):
@@ -112,7 +160,8 @@ def test_the_class_token_keeps_the_last_position_and_needs_one_column_of_padding
     with torch.no_grad():
         kept = model.encode_text(trim(tokens))[0]
         close(model.encode_text(tokens[:, :10])[0], kept)  # any width from longest + 1 on
-        assert not torch.allclose(model.encode_text(tokens[:, :5])[0], kept, atol=1e-3)  # cut shorter it is not the same
+        is_legacy = not model.inner.text.correct_cls_mask
+        assert torch.allclose(model.encode_text(tokens[:, :5])[0], kept, atol=1e-3) != is_legacy  # the other needs no column
         model.inner.text.positional_embedding[6:-1] += 1.0  # rows that a trimmed text does not read
         close(model.encode_text(trim(tokens))[0], kept)
         model.inner.text.positional_embedding[-1] += torch.randn(model.inner.text.width)
@@ -129,6 +178,21 @@ def test_a_row_does_not_depend_on_the_other_rows_of_its_batch(model):
     close(torch.cat([output.image for output in alone]), together.image)
     close(torch.stack([output.caption_sum for output in alone]), together.caption_rows)
     close(together.caption_rows.sum(), together.caption_sum)
+
+
+@pytest.mark.parametrize("way", ["checkpoint_activations", pytest.param("compile_blocks", marks=pytest.mark.slow)])
+def test_activations_computed_again_and_compiled_blocks_change_no_result(way):
+    name = "coca_ViT-B-32"
+    model, changed = (build_model(CONFIGS[name], seed=1) for _ in range(2))
+    getattr(changed, way)()
+    tokens = trim(make_tokens(lengths_of(model, "short"), model.inner.text.context_length))
+    images = make_images(model, len(tokens))
+    losses, gradients = losses_and_gradients(model, images, tokens)
+    other_losses, other_gradients = losses_and_gradients(changed, images, tokens)
+    close(other_losses, losses)
+    assert other_gradients.keys() == gradients.keys()
+    for parameter, gradient in gradients.items():
+        torch.testing.assert_close(other_gradients[parameter], gradient, rtol=1e-4, atol=1e-5, msg=parameter)
 
 
 def test_images_or_texts_alone_have_no_rows_of_the_other_and_no_caption_loss(model):

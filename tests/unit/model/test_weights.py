@@ -70,6 +70,17 @@ def test_open_clip_loads_the_folder_and_gives_the_same_embeddings(made, folder):
     assert float(theirs.logit_scale.detach()) == pytest.approx(1.25)
 
 
+def test_other_values_can_be_written_in_the_place_of_the_models(made):
+    model, tokenizer, files = made
+    files_of_other = weight_files(
+        model, tokenizer, {"inner.logit_scale": torch.tensor([2.0]), "inner.visual.proj": torch.zeros(64 * 64)}
+    )
+    state, before = (safetensors.torch.load(found[WEIGHTS_FILE]) for found in (files_of_other, files))
+    assert (state["logit_scale"].shape, float(state["logit_scale"])) == ((), 2.0)
+    assert (state["visual.proj"].shape, float(state["visual.proj"].abs().max())) == ((64, 64), 0.0)
+    assert all(torch.equal(state[name], value) for name, value in before.items() if name not in ("logit_scale", "visual.proj"))
+
+
 def test_the_logit_scale_is_a_scalar_outside_and_a_vector_of_one_inside(made, folder):
     assert safetensors.torch.load(made[2][WEIGHTS_FILE])["logit_scale"].shape == ()
     assert load_model(str(folder)).model.inner.logit_scale.shape == (1,)

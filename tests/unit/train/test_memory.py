@@ -31,6 +31,13 @@ def test_a_larger_contrastive_batch_costs_embeddings_and_disk_and_no_more_pixels
     assert large.held - small.held == large.embeddings - small.embeddings
 
 
+@pytest.mark.parametrize(("stage", "average"), [(0, 4000), (1, 1000), (3, 1000)])
+def test_an_average_of_the_weights_is_shared_out_as_the_optimizers_state_is(stage, average):
+    assert plan(4, zero_stage=stage).average == 0
+    assert plan(4, zero_stage=stage, ema_decay=0.99).average == average
+    assert "average" not in describe_memory(plan(4))
+
+
 def test_a_step_of_one_forward_spools_nothing():
     assert plan(4, global_batch_size=16).spooled_pixels == 0
     assert "disk" not in describe_memory(plan(4, global_batch_size=16))

@@ -15,7 +15,7 @@ from urbanclip_ray.errors import UserError
 from urbanclip_ray.evaluate.trained.objective import Objective
 from urbanclip_ray.evaluate.trained.tiles import TrainingTiles
 from urbanclip_ray.model.preprocess import normalise
-from urbanclip_ray.train.engine import attention_kernel, learning_rate, make_optimizer
+from urbanclip_ray.train.engine import learning_rate, make_optimizer, set_learning_rate
 
 NUM_REPORTS = 10  # of progress, over a training
 
@@ -63,10 +63,9 @@ def train_encoder(
         places = objective.places(batch, np.random.default_rng([seed, step]))
         views = [tiles.view(place, shown.image_px, config.augment, [seed, step, number]) for number, place in enumerate(places)]
         images = [normalise(torch.from_numpy(view).to(device), shown.mean, shown.std) for view in views]
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, num_steps, config)
+        set_learning_rate(optimizer, learning_rate(step, num_steps, config))
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-        with autocast, attention_kernel(device, config):
+        with autocast:
             outputs = objective.forward(images)
         loss = objective.loss([output.float() for output in outputs], images, places[0])
         losses.append(loss.item())
