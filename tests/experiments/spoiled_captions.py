@@ -53,7 +53,9 @@ def write_spoiled(rsicd: Path, share: float, folder: Path) -> tuple[Path, list[s
     entries = json.loads((rsicd / "captions.json").read_text())
     spoiled, moved = spoil(entries, share, SPOILING_SEED)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "captions.json").write_text(json.dumps(spoiled))
+    text, file = json.dumps(spoiled), folder / "captions.json"
+    if not file.exists() or file.read_text() != text:  # a file written anew is another source, and nothing would be kept
+        file.write_text(text)
     if not (folder / "images").exists():
         (folder / "images").symlink_to((rsicd / "images").resolve(), target_is_directory=True)
     return folder, [Path(entries[at]["image"]).stem for at in moved]
