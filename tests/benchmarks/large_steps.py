@@ -81,7 +81,12 @@ def run_ours(precision: str) -> dict[str, float]:
     from urbanclip_ray.train.step import take_step
 
     config = TrainConfig(
-        micro_batch_size=BATCH, contrastive_batch_size=BATCH, global_batch_size=BATCH, lr=3e-5, precision=precision
+        micro_batch_size=BATCH,
+        contrastive_batch_size=BATCH,
+        global_batch_size=BATCH,
+        lr=3e-5,
+        precision=precision,
+        zero_stage=0,  # one rank has nobody to share with
     )
     rows = torch.arange(BATCH)
     steps = [

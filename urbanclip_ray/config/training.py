@@ -9,10 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from urbanclip_ray.config.section import Section, added_later, execution
 
 ModelPart = Literal["image", "text", "decoder", "heads"]  # heads: the projections, the scale and bias of the logits
-
 MODEL_PARTS: tuple[ModelPart, ...] = get_args(ModelPart)
-
-
 HUB = "hf-hub:"  # before a repository's name, as in open_clip
 
 
