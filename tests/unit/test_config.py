@@ -163,7 +163,11 @@ def test_only_numbers_of_workers_that_can_share_out_a_step_are_used():
         (["refine.min_words=61"], "refine.min_words is above refine.max_words"),
         (["split.test_share=0.8"], "split.test_share + split.val_share leave nothing to train on"),
         (["train.contrastive_weight=0", "train.caption_weight=0"], "train.contrastive_weight and train.caption_weight"),
-        (["train.freeze=[image, text, decoder, heads]"], "train.freeze names every part of the model: leave one out"),
+        (["train.freeze=[image, text, decoder, heads]"], "train.freeze leaves no part of the model that a loss"),
+        (
+            ["train.freeze=[image, text, heads]", "train.caption_weight=0"],
+            "train.freeze leaves no part of the model that a loss",
+        ),
         (["train.freeze=[text]", "train.lr_scales={text: 0.1}"], "train.lr_scales speaks of text, which train.freeze keeps"),
         (["train.compile=true", "train.zero_stage=3"], "train.compile cannot trace the gathering of zero_stage 3"),
         (["train.offload_optimizer=true", "train.zero_stage=0"], "train.offload_optimizer is a part of ZeRO"),

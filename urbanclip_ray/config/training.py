@@ -143,8 +143,12 @@ class TrainConfig(Section):
             )
         if self.contrastive_weight == 0 and self.caption_weight == 0:
             raise ValueError("train.contrastive_weight and train.caption_weight are both 0: nothing would be learned")
-        if set(self.freeze) == set(MODEL_PARTS):
-            raise ValueError("train.freeze names every part of the model: leave one out, or nothing would be learned")
+        without_loss = {"decoder"} if self.caption_weight == 0 else set()
+        if set(self.freeze) | without_loss == set(MODEL_PARTS):
+            raise ValueError(
+                "train.freeze leaves no part of the model that a loss of this run reaches: leave one more out of it "
+                f"({', '.join(part for part in MODEL_PARTS if part not in without_loss)})"
+            )
         if scaled := sorted(set(self.freeze) & set(self.lr_scales)):
             raise ValueError(f"train.lr_scales speaks of {', '.join(scaled)}, which train.freeze keeps as it is: name it once")
         if self.compile and self.zero_stage == 3:
