@@ -3,88 +3,84 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from urbanclip_ray.captioners.model_files import is_directory
-from urbanclip_ray.config import NO_WEIGHTS, CaptionConfig, ConfigError, PairsSource, RunConfig, UrbanClipSource, WorldSource
+from urbanclip_ray.config import NO_WEIGHTS, CaptionConfig, ConfigError, RunConfig
 from urbanclip_ray.storage import Dataset, absolute, exists, find_dataset, join, read_bytes
+
+
+class Parts(NamedTuple):
+    """A place, and what stands before and behind it in a value, such as ARCHITECTURE@ and #BASELINE."""
+
+    before: str
+    place: str
+    after: str
 
 
 def list_places(config: RunConfig) -> dict[str, str]:
     """The keys that name a place which a run reads or writes, with their paths and URIs."""
-    values = {
-        "storage": config.storage,
-        "source.uri": getattr(config.source, "uri", ""),
-        "source.release": getattr(config.source, "release", ""),
-        "source.pixels": getattr(config.source, "pixels", ""),
-        "labels.csv": config.labels.csv,
-        **{f"labels.rasters.{name}": raster.uri for name, raster in config.labels.rasters.items()},
-        "caption.model": _split_model(config.caption)[1],
-        "refine.rules_file": config.refine.rules_file,
-        "refine.consistency.weights": _split_place(config.refine.consistency.weights)[1],
-        **{f"pack.also[{number}]": uri for number, uri in enumerate(config.pack.also)},
-        "model.pretrained": config.model.pretrained if config.model.pretrained_is_file else "",
-        "embed.weights": "" if config.embed.weights == NO_WEIGHTS else config.embed.weights,
-        "baselines.resnet18_weights": config.baselines.resnet18_weights,
-        **{f"embed.also.{name}": _split_place(uri)[1] for name, uri in config.embed.also.items()},
-        "report.experiment": config.report.experiment,
-    }
-    return {key: value for key, value in values.items() if value}
+    return {".".join(map(str, keys)): place for keys, (_, place, _) in _places(config) if place}
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """The same run, whose local places do not depend on the folder that a process runs in."""
-    source, model = config.source, config.model
-    if not isinstance(source, WorldSource):
-        source = source.model_copy(update={"uri": absolute(source.uri)})
-    if isinstance(source, UrbanClipSource):
-        source = source.model_copy(update={"release": absolute(source.release)})
-    if isinstance(source, PairsSource):
-        source = source.model_copy(update={"pixels": absolute(source.pixels)})
-    if model.pretrained_is_file:
-        model = model.model_copy(update={"pretrained": absolute(model.pretrained)})
-    weights = config.embed.weights
-    also = {name: _make_absolute(_split_place(uri)) for name, uri in config.embed.also.items()}
-    embed = config.embed.model_copy(update={"weights": weights if weights == NO_WEIGHTS else absolute(weights), "also": also})
-    start = config.baselines.resnet18_weights
-    baselines = config.baselines.model_copy(update={"resnet18_weights": absolute(start)})
-    caption = config.caption.model_copy(update={"model": _make_absolute(_split_model(config.caption))})
-    scored_by = _make_absolute(_split_place(config.refine.consistency.weights))
-    consistency = config.refine.consistency.model_copy(update={"weights": scored_by})
-    refine = config.refine.model_copy(update={"rules_file": absolute(config.refine.rules_file), "consistency": consistency})
-    pack = config.pack.model_copy(update={"also": tuple(absolute(uri) for uri in config.pack.also)})
-    report = config.report.model_copy(update={"experiment": absolute(config.report.experiment)})
-    rasters = {name: raster.model_copy(update={"uri": absolute(raster.uri)}) for name, raster in config.labels.rasters.items()}
-    labels = config.labels.model_copy(update={"csv": absolute(config.labels.csv), "rasters": rasters})
-    changed: dict[str, Any] = {"storage": absolute(config.storage), "source": source, "labels": labels, "model": model}
-    changed |= {"caption": caption, "refine": refine, "embed": embed, "baselines": baselines}
-    changed |= {"report": report, "pack": pack}
-    return config.model_copy(update=changed)
+    tree = config.model_dump(mode="json")
+    for (*sections, key), (before, place, after) in _places(config):
+        if place:
+            section: Any = tree
+            for name in sections:
+                section = section[name]
+            section[key] = f"{before}{absolute(place)}{after}"
+    return RunConfig.model_validate(tree)
 
 
-def _split_place(uri: str) -> tuple[str, str, str]:
+def _places(config: RunConfig) -> Iterator[tuple[tuple[str | int, ...], Parts]]:
+    """The way through the config to every value that may hold a place, and its parts."""
+    yield ("storage",), _whole(config.storage)
+    for name in ("uri", "release", "pixels"):
+        yield ("source", name), _whole(getattr(config.source, name, ""))
+    yield ("labels", "csv"), _whole(config.labels.csv)
+    for name, raster in config.labels.rasters.items():
+        yield ("labels", "rasters", name, "uri"), _whole(raster.uri)
+    yield ("caption", "model"), _split_model(config.caption)
+    yield ("refine", "rules_file"), _whole(config.refine.rules_file)
+    yield ("refine", "consistency", "weights"), _split_place(config.refine.consistency.weights)
+    for number, uri in enumerate(config.pack.also):
+        yield ("pack", "also", number), _whole(uri)
+    if config.model.pretrained_is_file:
+        yield ("model", "pretrained"), _whole(config.model.pretrained)
+    if config.embed.weights != NO_WEIGHTS:
+        yield ("embed", "weights"), _whole(config.embed.weights)
+    for name, uri in config.embed.also.items():
+        yield ("embed", "also", name), _split_place(uri)
+    yield ("baselines", "resnet18_weights"), _whole(config.baselines.resnet18_weights)
+    yield ("report", "experiment"), _whole(config.report.experiment)
+
+
+def _whole(place: str) -> Parts:
+    return Parts("", place, "")
+
+
+def _split_place(uri: str) -> Parts:
     """`local-dir:` or `ARCHITECTURE@`, the place, and `#BASELINE` of an item of `embed.also`; each may be empty."""
     before = ""
     if uri.startswith("local-dir:"):
         before, uri = "local-dir:", uri.removeprefix("local-dir:")
     elif "@" in uri and "/" not in uri.partition("@")[0]:
         architecture, _, uri = uri.partition("@")
-        return f"{architecture}@", uri, ""
+        return Parts(f"{architecture}@", uri, "")
     uri, hash_mark, name = uri.partition("#")
-    return before, uri, f"{hash_mark}{name}"
+    return Parts(before, uri, f"{hash_mark}{name}")
 
 
-def _split_model(caption: CaptionConfig) -> tuple[str, str, str]:
+def _split_model(caption: CaptionConfig) -> Parts:
     """The same of `caption.model`, which has no place where it is a name on the hub or of an endpoint."""
     if caption.captioner == "coca":
         return _split_place(caption.model)
     is_place = caption.has_weights and is_directory(caption.model)
-    return ("", caption.model, "") if is_place else (caption.model, "", "")
-
-
-def _make_absolute(parts: tuple[str, str, str]) -> str:
-    before, place, after = parts
-    return "".join((before, absolute(place), after))
+    return _whole(caption.model) if is_place else Parts(caption.model, "", "")
 
 
 def find_weights(uri: str) -> str:
