@@ -14,17 +14,16 @@ Finished datasets are kept, so the same command goes on; bootstrapping.json and 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from options import add_seeds_and_changes, experiment_parser, rsicd_pretraining
-from probing import difference, probe, score_tables
+from probing import Trained, train_and_probe
 
 from urbanclip_ray import apply_overrides, load_recipe, run_stages
 from urbanclip_ray.ablations import change
 from urbanclip_ray.config import RunConfig
-from urbanclip_ray.experiment import Score, seeded, summarise
+from urbanclip_ray.experiment import seeded
 from urbanclip_ray.places import weights_folder
 from urbanclip_ray.recipes import bootstrap_from
 from urbanclip_ray.stages import Run
@@ -45,7 +44,7 @@ def student(of: Run, seed: int, options: argparse.Namespace) -> RunConfig:
     return change(config, {"pack": {"also": (of.datasets["shards"].uri,)}})
 
 
-def train_all(seed: int, options: argparse.Namespace) -> tuple[dict[str, str], dict[str, Any]]:
+def train_all(seed: int, options: argparse.Namespace) -> Trained:
     """Weights of every arm by name, and what the captions and pairs of this seed are."""
     first = run_stages(seeded(rsicd_pretraining(options), seed), list(TRAINING))
     filtered = student(first, seed, options)
@@ -76,28 +75,18 @@ def what_was_learnt(run: Run) -> dict[str, Any]:
     }
 
 
-def markdown(record: dict[str, Any]) -> str:
-    lines = [*score_tables(record), "", "| seed | sentences kept | rejected | samples |", "|---|---|---|---|"]
-    for seed, found in record["found"].items():
+def found_table(found_by_seed: dict[str, Any]) -> list[str]:
+    lines = ["| seed | sentences kept | rejected | samples |", "|---|---|---|---|"]
+    for seed, found in found_by_seed.items():
         samples = ", ".join(f"{name} {count:,}" for name, count in found["samples"].items())
         lines.append(f"| {seed} | {found['sentences_kept']:,} | {sum(found['rejects'].values()):,} | {samples} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main() -> None:
     parser = experiment_parser(__doc__, num_epochs=3)
     add_seeds_and_changes(parser, str(OUTPUT))
-    options = parser.parse_args()
-    scores: list[Score] = []
-    record: dict[str, Any] = {"epochs": options.epochs, "found": {}}
-    for seed in range(options.seeds):
-        weights, record["found"][str(seed)] = train_all(seed, options)
-        scores += probe(weights, seed, options)
-        record |= {"table": summarise(scores), "scores": [s._asdict() for s in scores]}
-        record["differences"] = [row for pair in COMPARED for row in difference(scores, *pair)]
-        Path(options.output).write_text(json.dumps(record, indent=1) + "\n")
-        Path(options.output).with_suffix(".md").write_text(markdown(record))
-    print(markdown(record))
+    train_and_probe(parser.parse_args(), train_all, COMPARED, found_table)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Weights of several arms judged on King County's unseen zipcodes, and one arm against another."""
+"""Weights of several arms, seed by seed, judged on King County's unseen zipcodes, and one arm against another."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,31 @@ from urbanclip_ray import apply_overrides, load_recipe, run_stages
 from urbanclip_ray.ablations import change
 from urbanclip_ray.config import NO_WEIGHTS
 from urbanclip_ray.evaluate.methods import FREE
-from urbanclip_ray.experiment import Score, over_seeds, score, seeded
+from urbanclip_ray.experiment import Score, over_seeds, score, seeded, summarise
 
 PROBING = ("ingest", "split", "embed", "probe")
+
+Trained = tuple[dict[str, str], dict[str, Any]]  # weights of every arm by name, and what else was found
+
+
+def train_and_probe(
+    options: argparse.Namespace,
+    train_all: Callable[[int, argparse.Namespace], Trained],
+    compared: Sequence[tuple[str, str]],
+    found_table: Callable[[dict[str, Any]], list[str]],
+) -> None:
+    """Every pretraining seed; what is finished is written to `options.output`, and beside it as Markdown, after each."""
+    scores: list[Score] = []
+    record: dict[str, Any] = {"epochs": options.epochs, "found": {}}
+    output = Path(options.output)
+    for seed in range(options.seeds):
+        weights, record["found"][str(seed)] = train_all(seed, options)
+        scores += probe(weights, seed, options)
+        record |= {"table": summarise(scores), "scores": [s._asdict() for s in scores]}
+        record["differences"] = [row for pair in compared for row in difference(scores, *pair)]
+        output.write_text(json.dumps(record, indent=1) + "\n")
+        output.with_suffix(".md").write_text("\n".join([*score_tables(record), "", *found_table(record["found"])]) + "\n")
+    print(output.with_suffix(".md").read_text())
 
 
 def probe(weights: dict[str, str], seed: int, options: argparse.Namespace) -> list[Score]:

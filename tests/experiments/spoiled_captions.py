@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from options import add_seeds_and_changes, experiment_parser, rsicd_pretraining
-from probing import difference, probe, score_tables
+from probing import Trained, train_and_probe
 
 from urbanclip_ray import apply_overrides, run_stages
 from urbanclip_ray.ablations import change
 from urbanclip_ray.config import RunConfig
-from urbanclip_ray.experiment import Score, seeded, summarise
+from urbanclip_ray.experiment import seeded
 from urbanclip_ray.places import weights_folder
 from urbanclip_ray.stages import Run
 
@@ -71,7 +71,7 @@ def train(config: RunConfig) -> Run:
     return run_stages(alone, list(TRAINING))
 
 
-def train_all(seed: int, options: argparse.Namespace) -> tuple[dict[str, str], dict[str, Any]]:
+def train_all(seed: int, options: argparse.Namespace) -> Trained:
     """Weights of every arm by name, and what the filter found."""
     weights = {"clean": weights_folder(train(seeded(rsicd_pretraining(options), seed)).datasets["pretrain"])}
     found: dict[str, Any] = {}
@@ -100,31 +100,19 @@ def what_was_found(pairs: Sequence[dict[str, Any]], moved: list[str]) -> dict[st
     return {"rejected": total, "of_them_moved": spoiled / max(1, total)}
 
 
-def markdown(record: dict[str, Any]) -> str:
-    lines = score_tables(record)
-    lines += ["", "| seed | filter | sentences rejected for their score | of them moved |", "|---|---|---|---|"]
-    lines += [
+def found_table(found_by_seed: dict[str, Any]) -> list[str]:
+    lines = ["| seed | filter | sentences rejected for their score | of them moved |", "|---|---|---|---|"]
+    return lines + [
         f"| {seed} | {name} | {row['rejected']:,} | {row['of_them_moved']:.0%} |"
-        for seed, found in record["found"].items()
+        for seed, found in found_by_seed.items()
         for name, row in found.items()
     ]
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = experiment_parser(__doc__, num_epochs=3)
     add_seeds_and_changes(parser, str(OUTPUT))
-    options = parser.parse_args()
-    scores: list[Score] = []
-    record: dict[str, Any] = {"epochs": options.epochs, "found": {}}
-    for seed in range(options.seeds):
-        weights, record["found"][str(seed)] = train_all(seed, options)
-        scores += probe(weights, seed, options)
-        record |= {"table": summarise(scores), "scores": [s._asdict() for s in scores]}
-        record["differences"] = [row for pair in COMPARED for row in difference(scores, *pair)]
-        Path(options.output).write_text(json.dumps(record, indent=1) + "\n")
-        Path(options.output).with_suffix(".md").write_text(markdown(record))
-    print(markdown(record))
+    train_and_probe(parser.parse_args(), train_all, COMPARED, found_table)
 
 
 if __name__ == "__main__":
