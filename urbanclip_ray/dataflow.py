@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import socket
@@ -30,6 +31,10 @@ CONNECT_TIMEOUT_S = 10.0
 ACTOR_CPUS = 0.8
 CPUS_BESIDE_ACTORS = 0.1
 ROWS_PER_READ = 256  # tiles are some tens of kilobytes
+# Ray Data looks for ended tasks every 0.1 s, and a core waits for its next one until then: tasks last some seconds, if there
+# are enough of them for every core.
+ROWS_PER_TASK = 2048
+TASKS_PER_CPU = 4
 
 
 class ClusterError(UserError, RuntimeError):
@@ -93,29 +98,54 @@ def log_folder() -> str:
     return str(node.get_logs_dir_path()) if node else "/tmp/ray/session_latest/logs"  # noqa: S108 Ray's own default
 
 
-def read(dataset: Dataset, columns: list[str] | None = None) -> ray.data.Dataset:
-    """The rows of a finished dataset, exactly the files that its manifest names."""
-    filesystem, _ = resolve(dataset.uri)
-    return ray.data.read_parquet(dataset.parquet_paths(), filesystem=filesystem, columns=columns, partitioning=None)
+def map_files(
+    dataset: Dataset, columns: list[str], function: Callable[[pa.Table], pa.Table], *, rows_per_batch: int = ROWS_PER_READ
+) -> ray.data.Dataset:
+    """A function from table to table over the rows of a finished dataset, in order, by stateless tasks.
+
+    What is read is used in the same task and not carried to another. Ray's own reader packs files into reads of up to 128 MB
+    before it spreads them, which gives all 8,000 tiles of a city to one core.
+    """
+    num_files, num_rows = len(dataset.parquet_paths()), dataset.manifest.rows_out
+    num_tasks = max(num_rows // ROWS_PER_TASK, TASKS_PER_CPU * int(ray.cluster_resources().get("CPU", 1)))
+    return _read(dataset, columns, function, rows_per_batch, min(num_tasks, num_files), num_cpus=1)
 
 
 def read_for_actors(dataset: Dataset, columns: list[str]) -> ray.data.Dataset:
-    """The same rows where actors take them, by tasks that find room beside those.
+    """The rows of a finished dataset where actors take them, by tasks that find room beside those."""
+    num_files = len(dataset.parquet_paths())
+    return _read(dataset, columns, lambda rows: rows, ROWS_PER_READ, num_files, num_cpus=CPUS_BESIDE_ACTORS)
 
-    Ray's own reader lists files with a whole CPU.
-    """
+
+def _read(
+    dataset: Dataset,
+    columns: list[str],
+    function: Callable[[pa.Table], pa.Table],
+    rows_per_batch: int,
+    num_tasks: int,
+    num_cpus: float,
+) -> ray.data.Dataset:
+    """Of a file without rows the function sees an empty table, so that what becomes of it has columns too."""
     filesystem, _ = resolve(dataset.uri)
 
     def read_file(batch: pa.Table) -> Iterator[pa.Table]:
         for path in batch["path"].to_pylist():
             with filesystem.open_input_file(path) as stream:
                 file = pq.ParquetFile(stream)
-                yield file.schema_arrow.empty_table().select(columns)  # so that a file without rows has columns too
-                for rows in file.iter_batches(batch_size=ROWS_PER_READ, columns=columns):
-                    yield pa.Table.from_batches([rows])
+                if file.metadata.num_rows == 0:
+                    yield function(file.schema_arrow.empty_table().select(columns))
+                for rows in file.iter_batches(batch_size=rows_per_batch, columns=columns):
+                    yield function(pa.Table.from_batches([rows]))
 
-    files = ray.data.from_arrow([pa.table({"path": [path]}) for path in dataset.parquet_paths()])
-    return files.map_batches(read_file, batch_size=1, batch_format="pyarrow", num_cpus=CPUS_BESIDE_ACTORS)
+    return paths_of(dataset, num_tasks).map_batches(read_file, batch_size=None, batch_format="pyarrow", num_cpus=num_cpus)
+
+
+def paths_of(dataset: Dataset, num_blocks: int) -> ray.data.Dataset:
+    """Exactly the files that the dataset's manifest names, as rows with a `path` in as many blocks."""
+    paths = dataset.parquet_paths()
+    num_blocks = max(1, num_blocks)
+    bounds = [len(paths) * number // num_blocks for number in range(num_blocks + 1)]
+    return ray.data.from_arrow([pa.table({"path": paths[first:end]}) for first, end in itertools.pairwise(bounds)])
 
 
 def actor_options(gpus_per_actor: float) -> dict[str, float]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import torch
@@ -28,7 +29,7 @@ from urbanclip_ray.schema import TILES
 from urbanclip_ray.sources import open_source
 from urbanclip_ray.storage import Dataset, open_dataset, publish
 
-NUM_TILES = int(os.environ.get("BENCH_TILES", "8000"))
+NUM_TILES = int(os.environ.get("BENCH_TILES", "16000"))
 TILE_PX, IMAGE_PX = 256, 224
 ROWS_PER_FILE = 256
 BATCH_SIZE = 64
@@ -65,8 +66,15 @@ def checksum(batch: pa.Table) -> pa.Table:
     return pa.table({"sum": [int(pixels_of(batch).sum(dtype=np.int64))], "num_tiles": [batch.num_rows]})
 
 
-def carry(batch: pa.Table) -> dict[str, np.ndarray]:
-    return {"pixels": pixels_of(batch)}
+def carry(batch: pa.Table) -> pa.Table:
+    pixels = pixels_of(batch)
+    return pa.table({"pixels": pa.FixedSizeListArray.from_arrays(pixels.ravel(), pixels[0].size)})
+
+
+def as_pixels(batch: pa.Table) -> np.ndarray:
+    """uint8 [rows, IMAGE_PX, IMAGE_PX, 3], a view where the batch is one chunk."""
+    values = batch["pixels"].combine_chunks().flatten().to_numpy(zero_copy_only=True)
+    return values.reshape(-1, IMAGE_PX, IMAGE_PX, 3)
 
 
 def rate(start: float, num_tiles: int) -> float:
@@ -85,15 +93,15 @@ def plain_loop(tiles: Dataset) -> float:
 
 def ours_in_place(tiles: Dataset) -> float:
     start = time.perf_counter()
-    made = dataflow.map_tables(dataflow.read(tiles, ["image"]), checksum, batch_size=BATCH_SIZE)
-    return rate(start, made.sum("num_tiles"))
+    made = dataflow.map_files(tiles, ["image"], checksum, rows_per_batch=BATCH_SIZE)
+    return rate(start, sum(pc.sum(block["num_tiles"]).as_py() for block in dataflow.collect(made)))
 
 
 def ours_carried(tiles: Dataset) -> float:
     start, num_tiles = time.perf_counter(), 0
-    rows = dataflow.read(tiles, ["image"]).map_batches(carry, batch_size=BATCH_SIZE, batch_format="pyarrow")
-    for batch in rows.iter_batches(batch_size=BATCH_SIZE, batch_format="numpy"):
-        num_tiles += len(batch["pixels"])
+    rows = dataflow.map_files(tiles, ["image"], carry, rows_per_batch=BATCH_SIZE)
+    for batch in rows.iter_batches(batch_size=BATCH_SIZE, batch_format="pyarrow"):
+        num_tiles += len(as_pixels(batch))
     return rate(start, num_tiles)
 
 

@@ -220,7 +220,7 @@ def slowly(table):
 dataflow.connect()
 first = open_dataset("s3://{bucket}/ray/in")
 with publish("s3://{bucket}/ray/out", "made", {{}}, {{"in": first}}) as publication:
-    rows = dataflow.map_tables(dataflow.read(first), slowly, batch_size=10)
+    rows = dataflow.map_files(first, ["x"], slowly, rows_per_batch=10)
     write_bytes("s3://{bucket}/ray/started", b"1")
     dataflow.write(rows, publication, max_rows_per_file=10)
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import ray.data
@@ -40,9 +41,36 @@ def test_rows_keep_their_order_through_read_map_and_write(tmp_path, ray_cluster)
         return pa.table({"y": [2 * x for x in table["x"].to_pylist()]})
 
     with publish(str(tmp_path / "b"), "made", {}, {"a": first}) as publication:
-        dataflow.write(dataflow.map_tables(dataflow.read(first, ["x"]), double, batch_size=3), publication)
+        dataflow.write(dataflow.map_files(first, ["x"], double, rows_per_batch=3), publication)
         assert publication.read(["y"])["y"].to_pylist() == [2 * x for x in range(12)]
     assert open_dataset(str(tmp_path / "b")).read()["y"].to_pylist() == [2 * x for x in range(12)]
+
+
+def make_numbers(folder: Path, num_files: int, rows_per_file: int):
+    with publish(str(folder), "made", {}, {}) as publication:
+        for number in range(num_files):
+            rows = list(range(number * rows_per_file, (number + 1) * rows_per_file))
+            publication.write_table(pa.table({"x": pa.array(rows, pa.int64())}), f"part-{number:03d}.parquet")
+        num_rows = num_files * rows_per_file
+        publication.count(unit="rows", rows_in=num_rows, rows_out=num_rows, rejects={})
+    return open_dataset(str(folder))
+
+
+def test_a_few_small_files_are_mapped_by_as_many_tasks_as_keep_every_core_busy(tmp_path, ray_cluster):
+    dataflow.connect()
+    numbers = make_numbers(tmp_path / "a", num_files=40, rows_per_file=3)
+    num_tasks = dataflow.TASKS_PER_CPU * int(ray.cluster_resources()["CPU"])
+    blocks = dataflow.collect(dataflow.map_files(numbers, ["x"], lambda rows: rows))
+    assert len(blocks) == min(40, num_tasks) > 1
+    assert pa.concat_tables(blocks)["x"].to_pylist() == list(range(120))
+
+
+def test_the_function_sees_an_empty_table_of_a_file_without_rows(tmp_path, ray_cluster):
+    dataflow.connect()
+    numbers = make_numbers(tmp_path / "a", num_files=1, rows_per_file=0)
+    doubled = dataflow.map_files(numbers, ["x"], lambda rows: pa.table({"y": pc.multiply(rows["x"], 2)}))
+    assert doubled.schema().names == ["y"]
+    assert doubled.count() == 0
 
 
 def test_many_small_blocks_written_to_one_file_keep_their_order(tmp_path, ray_cluster):

@@ -196,8 +196,9 @@ def missing_rows(tiles: Dataset, wanted: Wanted, tiles_per_block: int) -> ray.da
                 for rows in file.iter_batches(batch_size=tiles_per_block, columns=TILE_COLUMNS):
                     yield wanted.choose(pa.Table.from_batches([rows]))
 
-    files = ray.data.from_arrow([pa.table({"path": [path]}) for path in tiles.parquet_paths()])
-    rows = files.map_batches(read_file, batch_size=1, batch_format="pyarrow", num_cpus=dataflow.CPUS_BESIDE_ACTORS)
+    rows = dataflow.paths_of(tiles, len(tiles.parquet_paths())).map_batches(
+        read_file, batch_size=None, batch_format="pyarrow", num_cpus=dataflow.CPUS_BESIDE_ACTORS
+    )
     blocks = rows.repartition(target_num_rows_per_block=tiles_per_block)
     # a repartition takes no resources in Ray 2.60, and with a whole CPU it would wait for ever beside actors
     blocks._logical_plan.dag.ray_remote_args["num_cpus"] = dataflow.CPUS_BESIDE_ACTORS

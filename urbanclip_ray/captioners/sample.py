@@ -35,8 +35,7 @@ def draw_tiles(tiles: Dataset, tile_ids: Sequence[str], num_tiles: int) -> pa.Ta
     def keep(batch: pa.Table) -> pa.Table:
         return batch.filter(pc.is_in(batch["tile_id"], value_set=drawn))
 
-    rows = dataflow.read(tiles, TILE_COLUMNS)
-    return pa.concat_tables(dataflow.collect(dataflow.map_tables(rows, keep, batch_size=1024))).sort_by("tile_id")
+    return pa.concat_tables(dataflow.collect(dataflow.map_files(tiles, TILE_COLUMNS, keep))).sort_by("tile_id")
 
 
 def caption_sample(tiles: pa.Table, work: CaptionWork) -> pa.Table:

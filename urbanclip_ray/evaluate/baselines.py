@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from urbanclip_ray.config import PixelsConfig
-from urbanclip_ray.dataflow import collect, map_tables, read
+from urbanclip_ray.dataflow import collect, map_files
 from urbanclip_ray.evaluate.regression import ProbeData
 from urbanclip_ray.imagery import TileImageError, crop_margins, decode, to_square
 from urbanclip_ray.storage import Dataset
@@ -23,7 +23,6 @@ HISTOGRAM_BINS = 3  # per channel, so 27 joint bins
 GRADIENT_STEPS_PX = (1, 2, 4)
 EDGE_THRESHOLD = 0.1  # of the full range of brightness
 NUM_SPECTRUM_BANDS = 8
-TILES_PER_BATCH = 64
 
 
 def colour_features(image: Image.Image) -> np.ndarray:
@@ -54,8 +53,7 @@ def colour_table(tiles: Dataset, pixels: PixelsConfig) -> pa.Table:
 
     In no particular order. Raises :class:`imagery.TileImageError` naming a tile that cannot be decoded or cropped.
     """
-    rows = map_tables(read(tiles, ["tile_id", "image", "error"]), partial(_describe, pixels=pixels), batch_size=TILES_PER_BATCH)
-    return pa.concat_tables(collect(rows))
+    return pa.concat_tables(collect(map_files(tiles, ["tile_id", "image", "error"], partial(_describe, pixels=pixels))))
 
 
 def unit_vectors(lon: np.ndarray, lat: np.ndarray) -> np.ndarray:

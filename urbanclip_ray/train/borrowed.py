@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 from urbanclip_ray import dataflow
 from urbanclip_ray.storage import Dataset
 
-TILES_PER_BATCH = 256
 DIGESTED = pa.schema(
     [pa.field("tile_id", pa.string()), pa.field("texts", pa.list_(pa.string())), pa.field("sha256", pa.string())]
 )
@@ -60,7 +59,5 @@ def _digest(shards: Dataset) -> pa.Table:
         digests = [hashlib.sha256(image).hexdigest() for image in batch["image"].to_pylist()]
         return dataflow.conform({"tile_id": batch["tile_id"], "texts": batch["texts"], "sha256": digests}, DIGESTED)
 
-    rows = dataflow.read(shards, ["tile_id", "texts", "part", "image"])
-    return pa.concat_tables(
-        [DIGESTED.empty_table(), *dataflow.collect(dataflow.map_tables(rows, digest, batch_size=TILES_PER_BATCH))]
-    )
+    rows = dataflow.map_files(shards, ["tile_id", "texts", "part", "image"], digest)
+    return pa.concat_tables([DIGESTED.empty_table(), *dataflow.collect(rows)])

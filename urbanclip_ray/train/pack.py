@@ -22,8 +22,6 @@ from urbanclip_ray.storage import Dataset, Publication, list_files
 from urbanclip_ray.train.borrowed import Borrowed, borrow_rows
 from urbanclip_ray.train.parts import ROWS_OF_FILES, describe_files
 
-TILES_PER_BATCH = 256
-
 
 def pack_shards(
     tiles: Dataset,
@@ -97,7 +95,7 @@ def _attach(images: Dataset, rows: pa.Table) -> ray.data.Dataset:
         columns = {name: chosen[name] for name in ("row_id", "tile_id", "texts", "part")} | {"image": batch["image"]}
         return dataflow.conform({name: column.combine_chunks() for name, column in columns.items()}, SHARDS)
 
-    return dataflow.map_tables(dataflow.read(images, ["tile_id", "image"]), attach, batch_size=TILES_PER_BATCH)
+    return dataflow.map_files(images, ["tile_id", "image"], attach)
 
 
 def outer_parts(splits: Dataset, outer: str, transductive: bool = False) -> pa.Table:
