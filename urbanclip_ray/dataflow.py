@@ -30,11 +30,14 @@ CONNECT_TIMEOUT_S = 10.0
 # them wait for ever: Ray Data starts actors first. So actors on CPUs leave a little, and such tasks take a little.
 ACTOR_CPUS = 0.8
 CPUS_BESIDE_ACTORS = 0.1
+# Of a cluster that Ray Data keeps for its operators in equal parts; with half of it, its default, two actors, their readers and
+# their writers do not fit on two CPUs.
+RESERVED_SHARE = 0.2
 ROWS_PER_READ = 256  # tiles are some tens of kilobytes
 # Ray Data looks for ended tasks every 0.1 s, and a core waits for its next one until then: tasks last some seconds, if there
 # are enough of them for every core.
-ROWS_PER_TASK = 2048
-TASKS_PER_CPU = 4
+ROWS_PER_TASK = 4096
+TASKS_PER_CPU = 3
 
 
 class ClusterError(UserError, RuntimeError):
@@ -56,6 +59,7 @@ def connect() -> None:
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.print_on_execution_start = False
+    context.op_resource_reservation_ratio = RESERVED_SHARE
 
 
 def _join(address: str) -> None:
@@ -148,9 +152,17 @@ def paths_of(dataset: Dataset, num_blocks: int) -> ray.data.Dataset:
     return ray.data.from_arrow([pa.table({"path": paths[first:end]}) for first, end in itertools.pairwise(bounds)])
 
 
-def actor_options(gpus_per_actor: float) -> dict[str, float]:
-    """What an actor of `map_batches` asks of a node: a share of a GPU alone, or most of a CPU."""
-    return {"num_gpus": gpus_per_actor, "num_cpus": 0} if gpus_per_actor else {"num_cpus": ACTOR_CPUS}
+def actors(num_actors: int, gpus_per_actor: float = 0.0, *, num_batches: int = 1) -> dict[str, Any]:
+    """At most so many actors for `map_batches`, each with a share of a GPU alone or with most of a CPU.
+
+    On CPUs as many of them start at once as there are CPUs and batches: Ray Data adds an actor where its budget has a CPU to
+    spare, and the tasks that read for the first one have taken that.
+    """
+    if gpus_per_actor:
+        compute = ray.data.ActorPoolStrategy(min_size=1, max_size=num_actors)
+        return {"compute": compute, "num_gpus": gpus_per_actor, "num_cpus": 0}
+    at_once = max(1, min(num_actors, num_batches, int(ray.cluster_resources().get("CPU", 0))))
+    return {"compute": ray.data.ActorPoolStrategy(min_size=at_once, max_size=num_actors), "num_cpus": ACTOR_CPUS}
 
 
 def conform(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:

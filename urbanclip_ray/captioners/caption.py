@@ -216,8 +216,11 @@ def describe_rows(rows: ray.data.Dataset, work: CaptionWork, actor: type[Caption
             fn_constructor_kwargs={"work": work._replace(given=None), "given_captions": ray.put(work.given)},
             batch_size=config.tiles_per_batch,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.num_actors),
-            **dataflow.actor_options(config.gpus_per_actor if work.model is not None else 0),
+            **dataflow.actors(
+                config.num_actors,
+                config.gpus_per_actor if work.model is not None else 0,
+                num_batches=1 + work.tiles.manifest.rows_out // config.tiles_per_batch,
+            ),
             # Without bound where deaths are counted in the store, tile by tile: Ray counts them for every batch that waits at
             # the actor, those without fault too.
             max_task_retries=-1 if work.model is not None else config.max_attempts - 1,

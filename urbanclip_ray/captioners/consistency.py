@@ -66,8 +66,9 @@ def score_sentences(
         fn_constructor_kwargs={"weights_uri": weights_uri, "texts": ray.put(texts), "pixels": pixels},
         batch_size=config.tiles_per_batch,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.num_actors),
-        **dataflow.actor_options(config.gpus_per_actor),
+        **dataflow.actors(
+            config.num_actors, config.gpus_per_actor, num_batches=1 + tiles.manifest.rows_out // config.tiles_per_batch
+        ),
     )
     return pa.concat_tables([SCORES.empty_table(), *dataflow.collect(rows)]).combine_chunks()
 

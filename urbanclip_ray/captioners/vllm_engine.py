@@ -166,7 +166,6 @@ def fill_store(rows: Dataset, work: CaptionWork) -> Dataset:
 
     Every batch of answers is committed when it is there.
     """
-    import ray.data
 
     from urbanclip_ray import dataflow
 
@@ -179,8 +178,7 @@ def fill_store(rows: Dataset, work: CaptionWork) -> Dataset:
         fn_constructor_kwargs={"config": config, "reference": model, "pixels": work.pixels},
         batch_size=config.tiles_per_batch,
         batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.num_actors),
-        **dataflow.actor_options(0),
+        **dataflow.actors(config.num_actors),
     )
     answers = engine(questions).map(read_answer, num_cpus=dataflow.CPUS_BESIDE_ACTORS)
     return answers.map_batches(

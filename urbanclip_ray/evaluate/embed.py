@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray.data
 
 from urbanclip_ray import dataflow
 from urbanclip_ray.config import EmbedConfig, Features, PixelsConfig
@@ -41,8 +40,9 @@ def embed_tiles(
         },
         batch_size=config.tiles_per_batch,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.num_actors),
-        **dataflow.actor_options(config.gpus_per_actor),
+        **dataflow.actors(
+            config.num_actors, config.gpus_per_actor, num_batches=1 + tiles.manifest.rows_out // config.tiles_per_batch
+        ),
     )
     dataflow.write(rows, publication, from_actors=True)
     written = publication.read(["tile_id", "weights"])

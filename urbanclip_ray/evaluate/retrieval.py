@@ -92,8 +92,7 @@ def encode_texts(texts: pa.Array, weights_uri: str) -> np.ndarray:
         fn_constructor_kwargs={"weights_uri": weights_uri},
         batch_size=TEXTS_PER_BATCH,
         batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=1),
-        **dataflow.actor_options(0),
+        **dataflow.actors(1),
     )
     return np.concatenate([batch["embedding"] for batch in rows.iter_batches(batch_size=None, batch_format="numpy")])
 
