@@ -103,31 +103,40 @@ def log_folder() -> str:
 
 
 def map_files(
-    dataset: Dataset, columns: list[str], function: Callable[[pa.Table], pa.Table], *, rows_per_batch: int = ROWS_PER_READ
+    dataset: Dataset,
+    columns: list[str],
+    function: Callable[[pa.Table], pa.Table],
+    *,
+    rows_per_batch: int | None = ROWS_PER_READ,
 ) -> ray.data.Dataset:
     """A function from table to table over the rows of a finished dataset, in order, by stateless tasks.
 
-    What is read is used in the same task and not carried to another. Ray's own reader packs files into reads of up to 128 MB
-    before it spreads them, which gives all 8,000 tiles of a city to one core.
+    Without `rows_per_batch` a file is one table. What is read is used in the same task and not carried to another. Ray's own
+    reader packs files into reads of up to 128 MB before it spreads them, which gives all 8,000 tiles of a city to one core.
     """
     num_files, num_rows = len(dataset.parquet_paths()), dataset.manifest.rows_out
     num_tasks = max(num_rows // ROWS_PER_TASK, TASKS_PER_CPU * int(ray.cluster_resources().get("CPU", 1)))
-    return _read(dataset, columns, function, rows_per_batch, min(num_tasks, num_files), num_cpus=1)
+    return _read(dataset, columns, function, rows_per_batch, min(num_tasks, num_files), {})
 
 
-def read_for_actors(dataset: Dataset, columns: list[str]) -> ray.data.Dataset:
-    """The rows of a finished dataset where actors take them, by tasks that find room beside those."""
+def read_for_actors(dataset: Dataset, columns: list[str], num_actors: int) -> ray.data.Dataset:
+    """The rows of a finished dataset where actors take them."""
     num_files = len(dataset.parquet_paths())
-    return _read(dataset, columns, lambda rows: rows, ROWS_PER_READ, num_files, num_cpus=CPUS_BESIDE_ACTORS)
+    return _read(dataset, columns, lambda rows: rows, ROWS_PER_READ, num_files, beside_actors(num_actors))
+
+
+def beside_actors(num_actors: int) -> dict[str, Any]:
+    """Tasks of `map_batches` that find room beside actors, at most one for each: a process more takes a quarter of a gigabyte."""
+    return {"compute": ray.data.TaskPoolStrategy(size=num_actors), "num_cpus": CPUS_BESIDE_ACTORS}
 
 
 def _read(
     dataset: Dataset,
     columns: list[str],
     function: Callable[[pa.Table], pa.Table],
-    rows_per_batch: int,
+    rows_per_batch: int | None,
     num_tasks: int,
-    num_cpus: float,
+    options: dict[str, Any],
 ) -> ray.data.Dataset:
     """Of a file without rows the function sees an empty table, so that what becomes of it has columns too."""
     filesystem, _ = resolve(dataset.uri)
@@ -136,12 +145,13 @@ def _read(
         for path in batch["path"].to_pylist():
             with filesystem.open_input_file(path) as stream:
                 file = pq.ParquetFile(stream)
-                if file.metadata.num_rows == 0:
-                    yield function(file.schema_arrow.empty_table().select(columns))
+                if rows_per_batch is None or file.metadata.num_rows == 0:
+                    yield function(file.read(columns))
+                    continue
                 for rows in file.iter_batches(batch_size=rows_per_batch, columns=columns):
                     yield function(pa.Table.from_batches([rows]))
 
-    return paths_of(dataset, num_tasks).map_batches(read_file, batch_size=None, batch_format="pyarrow", num_cpus=num_cpus)
+    return paths_of(dataset, num_tasks).map_batches(read_file, batch_size=None, batch_format="pyarrow", **options)
 
 
 def paths_of(dataset: Dataset, num_blocks: int) -> ray.data.Dataset:
@@ -177,12 +187,14 @@ def write(
     publication: Publication,
     *,
     max_rows_per_file: int | None = None,
-    from_actors: bool = False,
+    num_actors: int | None = None,
 ) -> None:
-    """Run the Ray Data job and write its rows below the publication, in order; `from_actors` where actors make them."""
-    options = {"num_cpus": CPUS_BESIDE_ACTORS} if from_actors else None
+    """Run the Ray Data job and write its rows below the publication, in order; `num_actors` where actors make them."""
+    options = {"num_cpus": CPUS_BESIDE_ACTORS} if num_actors else None
     try:
-        rows.write_datasink(OrderedParquet(publication.data_uri, max_rows_per_file), ray_remote_args=options)
+        rows.write_datasink(
+            OrderedParquet(publication.data_uri, max_rows_per_file), ray_remote_args=options, concurrency=num_actors
+        )
     except OSError as error:
         cause = getattr(error, "cause", None)  # Ray's wrapper is an OSError too, but without the number of a full disk
         raise explain_os_error(cause if isinstance(cause, OSError) else error, publication.uri) from error

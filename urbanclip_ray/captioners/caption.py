@@ -116,8 +116,8 @@ def caption_tiles(work: CaptionWork, publication: Publication) -> None:
     else:
         dataflow.connect()
         with _deaths_explained(work.config):
-            rows = dataflow.read_for_actors(work.tiles, TILE_COLUMNS)
-            dataflow.write(describe_rows(rows, work), publication, from_actors=True)
+            rows = dataflow.read_for_actors(work.tiles, TILE_COLUMNS, work.config.num_actors)
+            dataflow.write(describe_rows(rows, work), publication, num_actors=work.config.num_actors)
     _count(publication, work)
 
 
@@ -134,7 +134,7 @@ def describe_missing(questions: Questions, work: CaptionWork) -> list[Described]
         num_tiles, num_missing = (sum(len(known.hashes) for known in askable), sum(known.num_missing for known in askable))
         unit = "tiles" if len(work.config.asked()) == 1 else "questions about tiles"
         tally = Tally(num_tiles, num_tiles - num_missing, work.config.max_error_share, work.store_uri, unit)
-        rows = missing_rows(work.tiles, questions.wanted(), work.config.tiles_per_batch)
+        rows = missing_rows(work.tiles, questions.wanted(), work.config)
         with job_in([each.store for each in to_do], work) as named, _deaths_explained(work.config):
             for batch in generate(rows, named).iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 if batch.num_rows:  # an empty one may have no columns
@@ -178,7 +178,7 @@ def _by_hash(tally: Tally, index: pa.Table) -> dict[str, dict[str, str]]:
     return errors
 
 
-def missing_rows(tiles: Dataset, wanted: Wanted, tiles_per_block: int) -> ray.data.Dataset:
+def missing_rows(tiles: Dataset, wanted: Wanted, config: CaptionConfig) -> ray.data.Dataset:
     """`TILE_COLUMNS` and `prompts` of tiles that lack texts.
 
     They come in small blocks: all actors have some, and with one of them one block is lost.
@@ -193,13 +193,13 @@ def missing_rows(tiles: Dataset, wanted: Wanted, tiles_per_block: int) -> ray.da
                 file = pq.ParquetFile(stream)
                 if not pc.any(pc.is_in(file.read(["tile_id"])["tile_id"], value_set=wanted.tile_ids)).as_py():
                     continue  # no pixels are read for it
-                for rows in file.iter_batches(batch_size=tiles_per_block, columns=TILE_COLUMNS):
+                for rows in file.iter_batches(batch_size=config.tiles_per_batch, columns=TILE_COLUMNS):
                     yield wanted.choose(pa.Table.from_batches([rows]))
 
     rows = dataflow.paths_of(tiles, len(tiles.parquet_paths())).map_batches(
-        read_file, batch_size=None, batch_format="pyarrow", num_cpus=dataflow.CPUS_BESIDE_ACTORS
+        read_file, batch_size=None, batch_format="pyarrow", **dataflow.beside_actors(config.num_actors)
     )
-    blocks = rows.repartition(target_num_rows_per_block=tiles_per_block)
+    blocks = rows.repartition(target_num_rows_per_block=config.tiles_per_batch)
     # a repartition takes no resources in Ray 2.60, and with a whole CPU it would wait for ever beside actors
     blocks._logical_plan.dag.ray_remote_args["num_cpus"] = dataflow.CPUS_BESIDE_ACTORS
     return blocks

@@ -61,7 +61,7 @@ def score_sentences(
     """Scores of every tile's sentences, in order, in SCORES; tiles without a sentence are not shown to the model."""
     texts = pa.concat_tables([TEXTS.empty_table(), *dataflow.collect(pairs.select_columns(TEXTS.names))])
     texts = texts.filter(pc.greater(pc.list_value_length(texts["texts"]), 0))
-    rows = dataflow.read_for_actors(tiles, ["tile_id", "region", "image"]).map_batches(
+    rows = dataflow.read_for_actors(tiles, ["tile_id", "region", "image"], config.num_actors).map_batches(
         ScoreBatch,
         fn_constructor_kwargs={"weights_uri": weights_uri, "texts": ray.put(texts), "pixels": pixels},
         batch_size=config.tiles_per_batch,

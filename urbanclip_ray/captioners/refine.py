@@ -7,13 +7,11 @@ is held against the rules, and what is left is scored by a model against its til
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-import ray.data
 
 from urbanclip_ray import dataflow
 from urbanclip_ray.captioners.duplicates import count_sentences, fold, frequent_keys, sentence_key
@@ -23,9 +21,10 @@ from urbanclip_ray.captioners.sentences import split_sentences
 from urbanclip_ray.config import PixelsConfig, RefineConfig
 from urbanclip_ray.geo.earth import ground_resolution_m
 from urbanclip_ray.schema import PAIRS
-from urbanclip_ray.storage import Dataset, Publication, resolve
+from urbanclip_ray.storage import Dataset, Publication
 
 TOO_FREQUENT = "in too many tiles"
+CAPTION_COLUMNS = ["tile_id", "text", "error"]
 PLACE_COLUMNS = ["tile_id", "region", "lon", "lat", "west", "east", "width"]
 
 
@@ -106,7 +105,7 @@ def refine_captions(captions: Dataset, config: RefineConfig, publication: Public
         by_tile = _by_tile(table)
         return _refined(by_tile, _find_places(ray.get(places), list(by_tile)), config, standard)
 
-    rows = _map_files(captions, refine_table)
+    rows = dataflow.map_files(captions, CAPTION_COLUMNS, refine_table, rows_per_batch=None)
     if config.consistency.weights and work.tiles is not None:
         from urbanclip_ray.captioners.consistency import reject_inconsistent
 
@@ -119,29 +118,13 @@ def refine_captions(captions: Dataset, config: RefineConfig, publication: Public
         publication.facts["sentences_in_too_many_tiles"] = len(frequent)
 
 
-def _map_files(captions: Dataset, function: Callable[[pa.Table], pa.Table]) -> ray.data.Dataset:
-    """A function of each file's captions, file by file."""
-    filesystem, _ = resolve(captions.uri)
-
-    def map_file(batch: pa.Table) -> pa.Table:
-        import pyarrow.parquet as pq
-
-        columns = ["tile_id", "text", "error"]
-        return pa.concat_tables(
-            function(pq.read_table(path, columns=columns, filesystem=filesystem)) for path in batch["path"].to_pylist()
-        )
-
-    files = ray.data.from_arrow(pa.table({"path": captions.parquet_paths()}))
-    return files.repartition(len(captions.parquet_paths())).map_batches(map_file, batch_size=1, batch_format="pyarrow")
-
-
 def _find_frequent(captions: Dataset, config: RefineConfig) -> frozenset[int]:
     similarity = config.near_duplicates
 
     def count(table: pa.Table) -> pa.Table:
         return count_sentences(_by_tile(table).values(), with_signatures=similarity > 0)
 
-    counts = dataflow.collect(_map_files(captions, count))
+    counts = dataflow.collect(dataflow.map_files(captions, CAPTION_COLUMNS, count, rows_per_batch=None))
     return frozenset(frequent_keys(counts, config.max_tiles_per_sentence, similarity).to_pylist()) if counts else frozenset()
 
 

@@ -29,7 +29,7 @@ def embed_tiles(
     fresh random weights: the floor that pretraining must beat.
     """
     dataflow.connect()
-    rows = dataflow.read_for_actors(tiles, ["tile_id", "image", "error"]).map_batches(
+    rows = dataflow.read_for_actors(tiles, ["tile_id", "image", "error"], config.num_actors).map_batches(
         EmbedBatch,
         fn_constructor_kwargs={
             "weights_uri": weights_uri,
@@ -44,7 +44,7 @@ def embed_tiles(
             config.num_actors, config.gpus_per_actor, num_batches=1 + tiles.manifest.rows_out // config.tiles_per_batch
         ),
     )
-    dataflow.write(rows, publication, from_actors=True)
+    dataflow.write(rows, publication, num_actors=config.num_actors)
     written = publication.read(["tile_id", "weights"])
     rows_in = tiles.manifest.rows_in
     publication.facts["weights"] = {"uri": weights_uri, "digest": written["weights"][0].as_py()}

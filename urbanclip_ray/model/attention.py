@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from open_clip.transformer import ResidualAttentionBlock
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# In bf16 on a CPU the fused kernel's backward is slow: up to 129 keys the unfused one takes 40% to 70% of its time, from 197 on
-# 125% and more (torch 2.14, one core with AVX-512 bf16)
-MOST_UNFUSED_KEYS = 160
+# In bf16 on a CPU the fused kernel's backward is slow: the unfused one, with its logits in bf16 as autocast leaves them, takes
+# 25% to 60% of its time up to 196 x 196 places, and 130% from 256 x 256 on (torch 2.14, two cores with AVX-512 bf16)
+MOST_UNFUSED_PLACES = 200 * 200
 
 
 class Attention(nn.MultiheadAttention):
@@ -59,10 +60,21 @@ class Attention(nn.MultiheadAttention):
 
 
 def _kernel(q: Tensor, k: Tensor) -> AbstractContextManager[None]:
-    """PyTorch's own choice of a kernel, but for few keys in bf16 on a CPU."""
-    is_bf16 = q.dtype == torch.bfloat16
-    unfused = q.device.type == "cpu" and is_bf16 and k.shape[2] <= MOST_UNFUSED_KEYS
-    return sdpa_kernel(SDPBackend.MATH) if unfused else nullcontext()
+    """PyTorch's own choice of a kernel, but for few places in bf16 on a CPU."""
+    is_bf16_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    return _unfused_in_bf16() if is_bf16_on_cpu and q.shape[2] * k.shape[2] <= MOST_UNFUSED_PLACES else nullcontext()
+
+
+@contextmanager
+def _unfused_in_bf16() -> Iterator[None]:
+    cuda = torch.backends.cuda  # its switch is that of the CPU too
+    before = cuda.fp16_bf16_reduction_math_sdp_allowed()  # type: ignore[no-untyped-call]
+    cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 class Block(ResidualAttentionBlock):

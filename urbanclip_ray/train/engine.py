@@ -24,7 +24,7 @@ def deepspeed_config(config: TrainConfig, num_ranks: int) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": cut.rows_per_forward,
         "gradient_accumulation_steps": cut.num_forwards * cut.num_contrastive,
-        "gradient_clipping": config.clip_norm,
+        "gradient_clipping": config.clip_norm if config.zero_stage else 0.0,  # without ZeRO the step clips, and knows the norm
         "zero_optimization": {
             "stage": config.zero_stage,
             "reduce_bucket_size": REDUCE_BUCKET_NUMEL,
@@ -49,6 +49,8 @@ def start_engine(model: nn.Module, config: TrainConfig) -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     optimizer, settings = make_optimizer(model, config), deepspeed_config(config, dist.get_world_size())
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    if config.zero_stage == 0 and dist.get_world_size() == 1:
+        engine.enable_backward_allreduce = False  # it copies all gradients twice, to exchange them with nobody
     return engine
 
 

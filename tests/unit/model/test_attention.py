@@ -93,8 +93,8 @@ def test_names_and_values_of_parameters_stay():
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-@pytest.mark.parametrize(("precision", "keys", "unfused"), [("bf16", 50, True), ("bf16", 257, False), ("fp32", 50, False)])
-def test_few_keys_in_bf16_on_a_cpu_take_the_unfused_kernel(monkeypatch, precision, keys, unfused):
+@pytest.mark.parametrize(("precision", "keys", "unfused"), [("bf16", 50, True), ("bf16", 9000, False), ("fp32", 50, False)])
+def test_few_places_in_bf16_on_a_cpu_take_the_unfused_kernel(monkeypatch, precision, keys, unfused):
     chosen = []
     kernel = attention.sdpa_kernel
     monkeypatch.setattr(attention, "sdpa_kernel", lambda backend: chosen.append(backend) or kernel(backend))
@@ -103,4 +103,5 @@ def test_few_keys_in_bf16_on_a_cpu_take_the_unfused_kernel(monkeypatch, precisio
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         found = ours(x, context, context)[0]
     assert len(chosen) == unfused
+    assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # as it was
     torch.testing.assert_close(found.float(), theirs(x, context, context)[0], rtol=0.05, atol=0.02)

@@ -33,6 +33,7 @@ def test_the_stage_is_one_value_and_changes_nothing_else():
     assert found[1] == deepspeed_config(CONFIG, 2)
     for stage, config in found.items():
         assert config["zero_optimization"].pop("stage") == stage
+        assert config.pop("gradient_clipping") == (0.5 if stage else 0.0)  # without ZeRO the step clips
     assert found[0] == found[1] == found[2] == found[3]
 
 
