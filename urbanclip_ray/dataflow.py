@@ -126,7 +126,7 @@ def read_for_actors(dataset: Dataset, columns: list[str], num_actors: int) -> ra
 
 
 def beside_actors(num_actors: int) -> dict[str, Any]:
-    """For tasks of `map_batches`: they find room beside actors, and are one for each at most, as each takes 230 MB of memory."""
+    """For tasks of `map_batches`: they find room beside actors, and are one for each at most, as each takes 230 MB."""
     return {"compute": ray.data.TaskPoolStrategy(size=num_actors), "num_cpus": CPUS_BESIDE_ACTORS}
 
 
