@@ -50,7 +50,6 @@ USES_RAY = {
     "urbanclip_ray.train.pack",
     "urbanclip_ray.train.launch",
     "urbanclip_ray.train.policies",
-    "urbanclip_ray.evaluate.embed",
     "urbanclip_ray.evaluate.fits",
     "urbanclip_ray.evaluate.retrieval",
     "urbanclip_ray.evaluate.trained.train",
@@ -63,7 +62,8 @@ ENTRIES = {  # of the command line, for jobs
 }
 NOT_RAY_ITSELF = {  # but what dataflow makes of it
     *("urbanclip_ray.preflight", "urbanclip_ray.command_line"),
-    *("urbanclip_ray.train.borrowed", "urbanclip_ray.evaluate.probe", "urbanclip_ray.evaluate.baselines"),
+    *("urbanclip_ray.train.borrowed", "urbanclip_ray.evaluate.embed"),
+    *("urbanclip_ray.evaluate.probe", "urbanclip_ray.evaluate.baselines"),
 }
 
 
