@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -71,6 +73,40 @@ def test_the_function_sees_an_empty_table_of_a_file_without_rows(tmp_path, ray_c
     doubled = dataflow.map_files(numbers, ["x"], lambda rows: pa.table({"y": pc.multiply(rows["x"], 2)}))
     assert doubled.schema().names == ["y"]
     assert doubled.count() == 0
+
+
+def test_as_many_actors_as_cpus_start_at_once_beside_their_readers_and_writers(tmp_path, ray_cluster):
+    class Slowly:  # workers cannot import this file, so it goes to them by value
+        def __call__(self, rows: pa.Table) -> pa.Table:
+            time.sleep(0.1)  # so that there is work for others
+            return rows.append_column("process", pa.array([os.getpid()] * rows.num_rows))
+
+    dataflow.connect()
+    num_cpus = int(ray.cluster_resources()["CPU"])
+    numbers = make_numbers(tmp_path / "a", num_files=40, rows_per_file=4)
+    rows = dataflow.read_for_actors(numbers, ["x"], num_actors=num_cpus + 3)
+    rows = rows.map_batches(Slowly, batch_size=4, batch_format="pyarrow", **dataflow.actors(num_cpus + 3, num_batches=40))
+    with publish(str(tmp_path / "b"), "made", {}, {"a": numbers}) as publication:
+        dataflow.write(rows, publication, num_actors=num_cpus + 3)
+        written = publication.read(["x", "process"])
+        publication.count(unit="rows", rows_in=160, rows_out=160, rejects={})
+    assert written["x"].to_pylist() == list(range(160))
+    assert pc.count_distinct(written["process"]).as_py() >= num_cpus
+
+
+@pytest.mark.parametrize(("num_actors", "num_batches", "at_once"), [(8, 8, "all"), (1, 8, 1), (8, 1, 1)])
+def test_no_more_actors_start_than_there_are_batches(ray_cluster, num_actors, num_batches, at_once):
+    dataflow.connect()
+    pool = dataflow.actors(num_actors, num_batches=num_batches)["compute"]
+    assert pool.max_size == num_actors
+    assert pool.min_size == (min(num_actors, int(ray.cluster_resources()["CPU"])) if at_once == "all" else at_once)
+
+
+def test_actors_on_gpus_take_no_cpu_and_come_one_by_one(ray_cluster):
+    dataflow.connect()
+    options = dataflow.actors(4, 0.5, num_batches=100)
+    assert (options["num_gpus"], options["num_cpus"]) == (0.5, 0)
+    assert (options["compute"].min_size, options["compute"].max_size) == (1, 4)
 
 
 def test_many_small_blocks_written_to_one_file_keep_their_order(tmp_path, ray_cluster):
