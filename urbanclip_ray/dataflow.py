@@ -114,15 +114,13 @@ def map_files(
     Without `rows_per_batch` a file is one table. What is read is used in the same task and not carried to another. Ray's own
     reader packs files into reads of up to 128 MB before it spreads them, which gives all 8,000 tiles of a city to one core.
     """
-    num_files, num_rows = len(dataset.parquet_paths()), dataset.manifest.rows_out
-    num_tasks = max(num_rows // ROWS_PER_TASK, TASKS_PER_CPU * int(ray.cluster_resources().get("CPU", 1)))
-    return _read(dataset, columns, function, rows_per_batch, min(num_tasks, num_files), {})
+    num_tasks = max(dataset.manifest.rows_out // ROWS_PER_TASK, TASKS_PER_CPU * _num_cpus())
+    return _read(dataset, columns, function, rows_per_batch, num_tasks, {})
 
 
 def read_for_actors(dataset: Dataset, columns: list[str], num_actors: int) -> ray.data.Dataset:
     """The rows of a finished dataset where actors take them."""
-    num_files = len(dataset.parquet_paths())
-    return _read(dataset, columns, lambda rows: rows, ROWS_PER_READ, num_files, beside_actors(num_actors))
+    return _read(dataset, columns, lambda rows: rows, ROWS_PER_READ, None, beside_actors(num_actors))
 
 
 def beside_actors(num_actors: int) -> dict[str, Any]:
@@ -135,7 +133,7 @@ def _read(
     columns: list[str],
     function: Callable[[pa.Table], pa.Table],
     rows_per_batch: int | None,
-    num_tasks: int,
+    num_tasks: int | None,
     options: dict[str, Any],
 ) -> ray.data.Dataset:
     """Of a file without rows the function sees an empty table, so that what becomes of it has columns too."""
@@ -154,15 +152,15 @@ def _read(
     return paths_of(dataset, num_tasks).map_batches(read_file, batch_size=None, batch_format="pyarrow", **options)
 
 
-def paths_of(dataset: Dataset, num_blocks: int) -> ray.data.Dataset:
-    """Exactly the files that the dataset's manifest names, as rows with a `path` in as many blocks."""
+def paths_of(dataset: Dataset, most_blocks: int | None = None) -> ray.data.Dataset:
+    """Exactly the files that the dataset's manifest names, as rows with a `path`: a block of each, or as many as asked for."""
     paths = dataset.parquet_paths()
-    num_blocks = max(1, num_blocks)
+    num_blocks = max(1, min(len(paths), most_blocks or len(paths)))
     bounds = [len(paths) * number // num_blocks for number in range(num_blocks + 1)]
     return ray.data.from_arrow([pa.table({"path": paths[first:end]}) for first, end in itertools.pairwise(bounds)])
 
 
-def actors(num_actors: int, gpus_per_actor: float = 0.0, *, num_batches: int = 1) -> dict[str, Any]:
+def actors(num_actors: int, gpus_per_actor: float = 0.0, *, num_rows: int = 1, rows_per_batch: int = 1) -> dict[str, Any]:
     """At most so many actors for `map_batches`, each with a share of a GPU alone or with most of a CPU.
 
     On CPUs as many of them start at once as there are CPUs and batches: Ray Data adds an actor where its budget has a CPU to
@@ -171,8 +169,13 @@ def actors(num_actors: int, gpus_per_actor: float = 0.0, *, num_batches: int = 1
     if gpus_per_actor:
         compute = ray.data.ActorPoolStrategy(min_size=1, max_size=num_actors)
         return {"compute": compute, "num_gpus": gpus_per_actor, "num_cpus": 0}
-    at_once = max(1, min(num_actors, num_batches, int(ray.cluster_resources().get("CPU", 0))))
+    at_once = max(1, min(num_actors, -(-num_rows // rows_per_batch), _num_cpus()))
     return {"compute": ray.data.ActorPoolStrategy(min_size=at_once, max_size=num_actors), "num_cpus": ACTOR_CPUS}
+
+
+def _num_cpus() -> int:
+    """Of the cluster as it is now; one that has yet to grow may have none."""
+    return max(1, int(ray.cluster_resources().get("CPU", 0)))
 
 
 def conform(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:

@@ -72,7 +72,7 @@ class SlowDownProxy:
                 if not is_head:
                     self.wfile.write(data)
 
-            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = forward  # noqa: N815
+            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = forward  # noqa: N815 http.server's names
 
             def log_message(self, *arguments: Any) -> None:
                 """Nothing: what matters is counted."""

@@ -85,7 +85,9 @@ def test_as_many_actors_as_cpus_start_at_once_beside_their_readers_and_writers(t
     num_cpus = int(ray.cluster_resources()["CPU"])
     numbers = make_numbers(tmp_path / "a", num_files=40, rows_per_file=4)
     rows = dataflow.read_for_actors(numbers, ["x"], num_actors=num_cpus + 3)
-    rows = rows.map_batches(Slowly, batch_size=4, batch_format="pyarrow", **dataflow.actors(num_cpus + 3, num_batches=40))
+    rows = rows.map_batches(
+        Slowly, batch_size=4, batch_format="pyarrow", **dataflow.actors(num_cpus + 3, num_rows=160, rows_per_batch=4)
+    )
     with publish(str(tmp_path / "b"), "made", {}, {"a": numbers}) as publication:
         dataflow.write(rows, publication, num_actors=num_cpus + 3)
         written = publication.read(["x", "process"])
@@ -94,17 +96,17 @@ def test_as_many_actors_as_cpus_start_at_once_beside_their_readers_and_writers(t
     assert pc.count_distinct(written["process"]).as_py() >= num_cpus
 
 
-@pytest.mark.parametrize(("num_actors", "num_batches", "at_once"), [(8, 8, "all"), (1, 8, 1), (8, 1, 1)])
-def test_no_more_actors_start_than_there_are_batches(ray_cluster, num_actors, num_batches, at_once):
+@pytest.mark.parametrize(("num_actors", "num_rows", "at_once"), [(8, 65, 2), (8, 64, 1), (8, 0, 1), (1, 1000, 1)])
+def test_no_more_actors_start_than_there_are_batches_or_cpus(ray_cluster, num_actors, num_rows, at_once):
     dataflow.connect()
-    pool = dataflow.actors(num_actors, num_batches=num_batches)["compute"]
-    assert pool.max_size == num_actors
-    assert pool.min_size == (min(num_actors, int(ray.cluster_resources()["CPU"])) if at_once == "all" else at_once)
+    assert ray.cluster_resources()["CPU"] == 2
+    pool = dataflow.actors(num_actors, num_rows=num_rows, rows_per_batch=64)["compute"]
+    assert (pool.min_size, pool.max_size) == (at_once, num_actors)
 
 
 def test_actors_on_gpus_take_no_cpu_and_come_one_by_one(ray_cluster):
     dataflow.connect()
-    options = dataflow.actors(4, 0.5, num_batches=100)
+    options = dataflow.actors(4, 0.5, num_rows=100)
     assert (options["num_gpus"], options["num_cpus"]) == (0.5, 0)
     assert (options["compute"].min_size, options["compute"].max_size) == (1, 4)
 

@@ -196,7 +196,7 @@ def missing_rows(tiles: Dataset, wanted: Wanted, config: CaptionConfig) -> ray.d
                 for rows in file.iter_batches(batch_size=config.tiles_per_batch, columns=TILE_COLUMNS):
                     yield wanted.choose(pa.Table.from_batches([rows]))
 
-    rows = dataflow.paths_of(tiles, len(tiles.parquet_paths())).map_batches(
+    rows = dataflow.paths_of(tiles).map_batches(
         read_file, batch_size=None, batch_format="pyarrow", **dataflow.beside_actors(config.num_actors)
     )
     blocks = rows.repartition(target_num_rows_per_block=config.tiles_per_batch)
@@ -219,7 +219,8 @@ def describe_rows(rows: ray.data.Dataset, work: CaptionWork, actor: type[Caption
             **dataflow.actors(
                 config.num_actors,
                 config.gpus_per_actor if work.model is not None else 0,
-                num_batches=1 + work.tiles.manifest.rows_out // config.tiles_per_batch,
+                num_rows=work.tiles.manifest.rows_out,
+                rows_per_batch=config.tiles_per_batch,
             ),
             # Without bound where deaths are counted in the store, tile by tile: Ray counts them for every batch that waits at
             # the actor, those without fault too.

@@ -67,7 +67,10 @@ def score_sentences(
         batch_size=config.tiles_per_batch,
         batch_format="pyarrow",
         **dataflow.actors(
-            config.num_actors, config.gpus_per_actor, num_batches=1 + tiles.manifest.rows_out // config.tiles_per_batch
+            config.num_actors,
+            config.gpus_per_actor,
+            num_rows=tiles.manifest.rows_out,
+            rows_per_batch=config.tiles_per_batch,
         ),
     )
     return pa.concat_tables([SCORES.empty_table(), *dataflow.collect(rows)]).combine_chunks()

@@ -166,7 +166,6 @@ def fill_store(rows: Dataset, work: CaptionWork) -> Dataset:
 
     Every batch of answers is committed when it is there.
     """
-
     from urbanclip_ray import dataflow
 
     config, model = work.config, work.model
@@ -180,12 +179,13 @@ def fill_store(rows: Dataset, work: CaptionWork) -> Dataset:
         batch_format="numpy",
         **dataflow.actors(config.num_actors),
     )
-    answers = engine(questions).map(read_answer, num_cpus=dataflow.CPUS_BESIDE_ACTORS)
+    beside = dataflow.beside_actors(config.num_actors)
+    answers = engine(questions).map(read_answer, **beside)
     return answers.map_batches(
         Commit(work.store_of, work.job.name),
         batch_size=config.tiles_per_batch * config.decoding.num_samples,
         batch_format="pyarrow",
-        num_cpus=dataflow.CPUS_BESIDE_ACTORS,
+        **beside,
     )
 
 

@@ -41,7 +41,10 @@ def embed_tiles(
         batch_size=config.tiles_per_batch,
         batch_format="pyarrow",
         **dataflow.actors(
-            config.num_actors, config.gpus_per_actor, num_batches=1 + tiles.manifest.rows_out // config.tiles_per_batch
+            config.num_actors,
+            config.gpus_per_actor,
+            num_rows=tiles.manifest.rows_out,
+            rows_per_batch=config.tiles_per_batch,
         ),
     )
     dataflow.write(rows, publication, num_actors=config.num_actors)

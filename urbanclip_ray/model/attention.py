@@ -15,14 +15,14 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # In bf16 on a CPU the fused kernel's backward is slow: the unfused one, with its logits in bf16 as autocast leaves them, takes
-# 25% to 60% of its time up to 196 x 196 places, and 130% from 256 x 256 on (torch 2.14, two cores with AVX-512 bf16)
+# 25% to 80% of its time up to 196 x 196 places, and 130% from 256 x 256 on (torch 2.14, two cores with AVX-512 bf16)
 MOST_UNFUSED_PLACES = 200 * 200
 
 
 class Attention(nn.MultiheadAttention):
     """Multi-head attention over batches [rows, places, width], without dropout."""
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # nn's takes more that no model of ours gives
         self,
         query: Tensor,
         key: Tensor,
@@ -68,7 +68,7 @@ def _kernel(q: Tensor, k: Tensor) -> AbstractContextManager[None]:
 @contextmanager
 def _unfused_in_bf16() -> Iterator[None]:
     cuda = torch.backends.cuda  # its switch is that of the CPU too
-    before = cuda.fp16_bf16_reduction_math_sdp_allowed()  # type: ignore[no-untyped-call]
+    before = cuda.fp16_bf16_reduction_math_sdp_allowed()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     cuda.allow_fp16_bf16_reduction_math_sdp(True)
     try:
         with sdpa_kernel(SDPBackend.MATH):

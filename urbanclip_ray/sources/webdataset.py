@@ -115,7 +115,7 @@ class _Archive:
     def members(self, ignored: Counter[str]) -> Iterator[Member]:
         """Members of known extensions; others are counted. Raises :class:`SourceError` where the archive is damaged."""
         try:
-            with tarfile.open(fileobj=self, mode="r:", errorlevel=2) as archive:  # type: ignore[call-overload]
+            with tarfile.open(fileobj=self, mode="r:", errorlevel=2) as archive:  # type: ignore[call-overload]  # any reader will do
                 while (info := archive.next()) is not None:
                     archive.members = []  # tarfile keeps them all
                     if info.isfile() and info.offset_data + info.size > self._num_bytes:

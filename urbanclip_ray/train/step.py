@@ -150,7 +150,8 @@ class _Passes:
         engine.backward(loss, scale_wrt_gas=False)  # the shares are set above: nothing is to be divided by forwards
         is_last = engine.is_gradient_accumulation_boundary()
         if is_last and engine.zero_optimization_stage() == 0:  # there DeepSpeed would clip without saying the norm
-            self.gradient_norm = _clip(engine.module.parameters(), self._config.clip_norm)
+            norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), self._config.clip_norm)
+            self.gradient_norm = float(norm)
         engine.step()
         if is_last and engine.zero_optimization_stage() > 0:
             # what is not finite DeepSpeed skips without a word, and the norm is then that of the step before
@@ -191,12 +192,3 @@ class _RandomState(NamedTuple):
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, device)
-
-
-def _clip(parameters: Iterable[torch.nn.Parameter], most: float) -> float:
-    """The norm of all gradients, which are scaled down where it is above `most`."""
-    held = [value for value in parameters if value.grad is not None]
-    norm = torch.nn.utils.get_total_norm([value.grad for value in held if value.grad is not None])
-    if norm > most:
-        torch.nn.utils.clip_grads_with_norm_(held, most, norm)
-    return float(norm)
