@@ -14,19 +14,24 @@ sys.path.append(str(Path(__file__).parent))  # ranks must be importable in the s
 from ranks import run_ranks
 from small_training import CONFIG, NUM_RANKS, share_of, small_model, start
 
+from urbanclip_ray.config import TrainConfig
+
 BEFORE, AFTER = 2, 3  # optimizer steps before and after the checkpoint
 STAGES = {"0": (0, True), "1": (1, True), "2": (2, True), "3": (3, True), "3 without residents": (3, False)}
 CHANGES = [("1", "3"), ("3", "0"), ("0", "2"), ("2", "3 without residents"), ("3 without residents", "1")]
 PATCH_DROPOUT = 0.5  # so that the random state matters
 
 
-def begin(model: Any, stage: str) -> Any:
-    """The engine of a stage on as many ranks as there are, each of which takes two micro-batches to a step."""
+def config_of_ranks() -> TrainConfig:
+    """Each of as many ranks as there are takes two micro-batches to a step."""
     import torch.distributed as dist
 
     rows = CONFIG.micro_batch_size * dist.get_world_size()
-    config = CONFIG.model_copy(update={"contrastive_batch_size": rows, "global_batch_size": 2 * rows})
-    return start(model, *STAGES[stage], config=config)
+    return CONFIG.model_copy(update={"contrastive_batch_size": rows, "global_batch_size": 2 * rows})
+
+
+def begin(model: Any, stage: str) -> Any:
+    return start(model, *STAGES[stage], config=config_of_ranks())
 
 
 def train_on(engine: Any, first: int, last: int) -> list[dict[str, float]]:
@@ -34,8 +39,8 @@ def train_on(engine: Any, first: int, last: int) -> list[dict[str, float]]:
 
     from urbanclip_ray.train.loop import take_step
 
-    rank = dist.get_rank() % NUM_RANKS
-    return [take_step(engine, share_of(rank, step), BEFORE + AFTER, CONFIG).record for step in range(first, last)]
+    rank, config = dist.get_rank() % NUM_RANKS, config_of_ranks()
+    return [take_step(engine, share_of(rank, step), BEFORE + AFTER, config).record for step in range(first, last)]
 
 
 def weights_of(engine: Any) -> dict[str, np.ndarray]:
