@@ -250,7 +250,7 @@ def verify_gpu() -> RunConfig:
         train=TrainConfig(epochs=10, micro_batch_size=32, contrastive_batch_size=32, global_batch_size=32, lr=1e-4),
         embed=EmbedConfig(num_actors=1, gpus_per_actor=1),
         probe=ProbeConfig(mlp_max_epochs=20),
-        resources=ResourcesConfig(num_workers=1, use_gpu=True),
+        resources=ResourcesConfig(num_workers=1, use_gpu=True, cpus_per_worker=4),  # threads that decode for the GPU
     )
 
 
