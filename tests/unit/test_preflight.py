@@ -127,7 +127,8 @@ def test_a_type_of_gpu_that_nothing_has_is_refused_with_those_that_there_are():
     config = config_with("embed.gpus_per_actor=1", "embed.accelerator_type=A100")
     (demand,) = list_demands(config, ["embeddings"])
     message = (
-        r"1 embedding actor of 1 GPU \+ type A100 each: 0 fit on 2 nodes \(4 GPU; types that there are, or can be started: T4\): "
+        r"1 embedding actor of 1 GPU \+ type A100 each: 0 fit on 2 nodes "
+        r"\(4 GPU; types that there are, or can be started: T4\): "
         r"lower embed\.gpus_per_actor, or change embed\.accelerator_type, or add nodes"
     )
     with pytest.raises(PreflightError, match=message):
@@ -140,15 +141,14 @@ def test_a_type_of_gpu_that_nothing_has_is_refused_with_those_that_there_are():
     ("overrides", "stage", "message"),
     [
         (
-            ["caption.captioner=openai", "caption.endpoint=http://h/v1", "caption.model=m", "caption.revision=1"]
-            + ["caption.memory_per_actor_bytes=4294967296"],
+            ["caption.memory_per_actor_bytes=4294967296"],
             "captions",
-            r"1 captioning actor of 4 GiB of memory each: 0 fit on 1 node \(0 GiB of memory\): .*caption\.memory_per_actor_bytes",
+            r"1 captioning actor of 4 GiB of memory each: 0 fit on 1 node \(0 GiB of memory\): .*memory_per_actor_bytes",
         ),
         (
             ["caption.node_labels={ray.io/node-group: caption}"],
             "captions",
-            r"1 captioning actor of any size, on nodes with ray\.io/node-group=caption each: 0 fit.*change caption\.node_labels",
+            r"1 captioning actor of any size, on nodes with ray\.io/node-group=caption each: 0 fit.*caption\.node_labels",
         ),
         (["ingest.cpus_per_task=4"], "tiles", r"1 reading task of 4 CPU .*lower ingest\.cpus_per_task, or add nodes"),
         (
