@@ -56,6 +56,7 @@ def dollars_a_month(gigabytes: float) -> float:
 def rows() -> list[tuple[str, str, str]]:
     """What is asked, how it follows, and what comes out."""
     tiles, tile_files = NUM_TILES, NUM_TILES / (IngestConfig().tiles_per_batch * BATCHES_PER_FILE)
+    billions = f"{tiles / 1e9:g}"
     shard_files = NUM_TILES / PackConfig().rows_per_file
     stored_gb = 2 * tiles * TILE_BYTES / 1e9
     walk_per_core, read_per_core = WALK_TILES_PER_S / MEASURED_CORES, READ_TILES_PER_S / MEASURED_CORES
@@ -69,9 +70,17 @@ def rows() -> list[tuple[str, str, str]]:
     listed = (LARGE_MB - SMALL_MB) * 1e6 / (LARGE_TILES - SMALL_TILES)
     published_s = tiles * TILE_BYTES / STREAM_BYTES_PER_S + tile_files * WAIT_S
     return [
-        ("Bytes stored", f"{tiles / 1e9:g} billion tiles × {TILE_BYTES / 1000:g} kB, as tiles and as shards", f"{stored_gb / 1000:.0f} TB"),
+        (
+            "Bytes stored",
+            f"{billions} billion tiles × {TILE_BYTES / 1000:g} kB, as tiles and as shards",
+            f"{stored_gb / 1000:.0f} TB",
+        ),
         ("Dollars a month at S3", "its tiers", f"{dollars_a_month(stored_gb):,.0f}"),
-        ("Requests of ingest", "one GET a tile of single files", f"{tiles / 1e9:g} billion, {tiles * GET_DOLLARS:,.0f} dollars"),
+        (
+            "Requests of ingest",
+            "one GET a tile of single files",
+            f"{billions} billion, {tiles * GET_DOLLARS:,.0f} dollars",
+        ),
         (
             "Time of ingest, rule-based captions and refinement",
             f"{walk_per_core:g} tiles/s of a core, {CORES} cores",
