@@ -128,7 +128,7 @@ def list_demands(config: RunConfig, to_make: Sequence[str]) -> list[Demand]:
                 config.worker_counts()[0],
                 wanted_worker(config.resources),
                 "lower resources.num_workers, resources.cpus_per_worker or resources.use_gpu"
-                + _other_keys(config.resources, "resources", ("memory_per_worker_bytes", "accelerator_type", "node_labels"))
+                + _change(config.resources, "resources", ("memory_per_worker_bytes", "accelerator_type", "node_labels"))
                 + (", or set resources.placement=PACK" if config.resources.placement.startswith("STRICT") else ""),
             )
         )
@@ -141,7 +141,7 @@ def list_demands(config: RunConfig, to_make: Sequence[str]) -> list[Demand]:
     reading = config.ingest
     if "tiles" in to_make and (reading.memory_per_task_bytes or reading.node_labels or reading.cpus_per_task > 1):
         held = {"CPU": reading.cpus_per_task, "memory": float(reading.memory_per_task_bytes)}
-        fix = "lower ingest.cpus_per_task" + _other_keys(reading, "ingest", ("memory_per_task_bytes", "node_labels"))
+        fix = "lower ingest.cpus_per_task" + _change(reading, "ingest", ("memory_per_task_bytes", "node_labels"))
         demands.append(Demand("reading task", 1, Wanted(held, reading.node_labels), fix))
     return demands
 
@@ -161,13 +161,13 @@ def _demands_of_actors(config: RunConfig, to_make: Sequence[str]) -> list[Demand
         wanted = wanted_actor(each)
         if is_made and (wanted.resources or wanted.labels):
             names = ("cpus_per_actor", "memory_per_actor_bytes", "accelerator_type", "node_labels")
-            fix = f"lower {section}.gpus_per_actor" + _other_keys(each, section, names)
-            demands.append(Demand(what, 1, wanted, fix))
+            fix = (f"lower {section}.gpus_per_actor" if each.gpus_per_actor else "") + _change(each, section, names)
+            demands.append(Demand(what, 1, wanted, fix.removeprefix(", or ")))
     return demands
 
 
-def _other_keys(section: Section, name: str, keys: Sequence[str]) -> str:
-    """Those of the keys that a config sets, as further words of a fix."""
+def _change(section: Section, name: str, keys: Sequence[str]) -> str:
+    """Those of the keys that a config sets, as the end of a fix."""
     changed = [key for key in keys if getattr(section, key)]
     return f", or change {' or '.join(f'{name}.{key}' for key in changed)}" if changed else ""
 
