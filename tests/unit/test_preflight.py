@@ -143,7 +143,8 @@ def test_a_type_of_gpu_that_nothing_has_is_refused_with_those_that_there_are():
         (
             ["caption.memory_per_actor_bytes=4294967296"],
             "captions",
-            r"1 captioning actor of 4 GiB of memory each: 0 fit on 1 node \(0 GiB of memory\): change caption\.memory_per_actor_bytes, or add",
+            r"1 captioning actor of 4 GiB of memory each: 0 fit on 1 node \(0 GiB of memory\): change "
+            r"caption\.memory_per_actor_bytes, or add nodes",
         ),
         (
             ["caption.node_labels={ray.io/node-group: caption}"],
