@@ -88,8 +88,9 @@ class Cluster(NamedTuple):
 
     def accelerators(self) -> list[str]:
         """Ray's names of the GPUs that nodes have, or nodes that the autoscaler may start."""
-        groups = (self.autoscaler.groups or ()) if self.autoscaler else ()
-        names = {name for item in (*self.nodes, *groups) for name in item.resources if name.startswith(ACCELERATOR_PREFIX)}
+        held = [node.resources for node in self.nodes]
+        held += [group.resources for group in (self.autoscaler.groups or ())] if self.autoscaler else []
+        names = {name for resources in held for name in resources if name.startswith(ACCELERATOR_PREFIX)}
         return sorted(name.removeprefix(ACCELERATOR_PREFIX) for name in names)
 
     def places_now(self, wanted: Wanted) -> int:

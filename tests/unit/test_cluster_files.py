@@ -19,6 +19,9 @@ import yaml
 from botocore.validate import validate_parameters
 from ray.autoscaler._private.aws import node_provider
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.util.accelerators import accelerators
 
 from urbanclip_ray.cluster import Cluster, parse_autoscaler
@@ -114,6 +117,29 @@ def is_spot(group: dict[str, Any]) -> bool:
 
 def machine(group: dict[str, Any]) -> str:
     return group["node_config"].get("InstanceType") or group["node_config"]["machineType"]
+
+
+@on_a_cloud
+@pytest.mark.parametrize(
+    ("wanted", "number", "unavailable", "started"),
+    [
+        ({"CPU": 1}, 20, (), {"ingest-spot": 2}),  # no machine with a GPU for work without one
+        ({"GPU": 1, "accelerator_type:L4": 0.001}, 10, (), {"caption-spot": 8, "caption": 2}),
+        ({"GPU": 1, "accelerator_type:L4": 0.001}, 1, ("caption-spot",), {"caption": 1}),
+    ],
+)
+def test_rays_autoscaler_starts_spot_machines_first(path, wanted, number, unavailable, started):
+    """By the second version's own scheduler. `unavailable`: a group that the cloud gave no machine of, as Ray notes it."""
+    config = AutoscalingConfig(prepare_config(load(path)), skip_content_hash=True)
+    request = SchedulingRequest(
+        disable_launch_config_check=True,
+        node_type_configs=config.get_node_type_configs(),
+        max_num_nodes=config.get_max_num_nodes(),
+        resource_requests=ResourceRequestUtil.group_by_count([ResourceRequestUtil.make(wanted)] * number),
+        recoverable_resource_availabilities=dict.fromkeys(unavailable, 0.0),
+    )
+    reply = ResourceDemandScheduler().schedule(request)
+    assert {item.instance_type: item.count for item in reply.to_launch if item.instance_type != "head"} == started
 
 
 @on_a_cloud
