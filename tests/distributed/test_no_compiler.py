@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from urbanclip_ray.config import TrainConfig
 STEPS = 2
 
 
-def step_without_compiler(folder: str, config: TrainConfig) -> None:
+def step_without_compiler(folder: str, configs: list[TrainConfig]) -> None:
     """In a rank: take steps where building any op raises."""
     import torch
     from deepspeed.ops.op_builder.builder import OpBuilder
@@ -24,18 +23,18 @@ def step_without_compiler(folder: str, config: TrainConfig) -> None:
         raise AssertionError(f"DeepSpeed wants to build {self.name}")
 
     OpBuilder.jit_load = refuse
-    torch.manual_seed(0)
-    engine = start_engine(torch.nn.Linear(64, 64), config)
-    for _ in range(STEPS):
-        loss = engine(torch.ones(4, 64)).square().mean()
-        engine.backward(loss)
-        engine.step()
-    assert engine.global_steps == STEPS
-    assert not list(Path(os.environ["TORCH_EXTENSIONS_DIR"]).rglob("*.so"))
+    for config in configs:
+        engine = start_engine(torch.nn.Linear(64, 64), config)
+        for _ in range(STEPS):
+            loss = engine(torch.ones(4, 64)).square().mean()
+            engine.backward(loss)
+            engine.step()
+        assert engine.global_steps == STEPS
+    assert not list(Path(folder).rglob("*.so"))
 
 
-@pytest.mark.parametrize("offload", [False, True], ids=["in place", "offloaded"])
-def test_no_op_of_deepspeed_is_built_to_train(offload, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_no_op_of_deepspeed_is_built_to_train(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    config = TrainConfig(zero_stage=1, offload_optimizer=offload, precision="fp32", micro_batch_size=128)
-    run_ranks(step_without_compiler, 2, str(tmp_path), config)
+    plain = TrainConfig(zero_stage=1, precision="fp32")
+    run_ranks(step_without_compiler, 2, str(tmp_path), [plain, plain.model_copy(update={"offload_optimizer": True})])
