@@ -18,6 +18,7 @@ LIGHT = [
     *("", ".errors", ".remote_errors", ".config", ".overrides", ".recipes", ".schema", ".storage", ".command_line"),
     *(
         ".object_storage",
+        ".google_storage",
         ".filesystems",
         ".imagery",
         ".sources",
