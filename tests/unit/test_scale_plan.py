@@ -40,6 +40,7 @@ def test_measured_figures_are_those_of_the_benchmarks(scale_plan):
     assert rows["tile_reading"][0] == scale_plan.READ_TILES_PER_S
 
 
+@pytest.mark.slow
 def test_the_model_has_so_many_parameters(scale_plan):
     shape = shape_of(ModelConfig(architecture="coca_ViT-L-14", tokenizer="open_clip"))
     assert (shape.num_parameters, shape.embedding_width) == (scale_plan.PARAMETERS, scale_plan.EMBEDDING_WIDTH)
