@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from urbanclip_ray import dataflow
-from urbanclip_ray.cluster import Cluster, on_node, read_cluster, worker_resources
+from urbanclip_ray.cluster import Cluster, on_node, read_cluster, scaling_config, worker_resources
 from urbanclip_ray.config import RunConfig
 from urbanclip_ray.errors import UserError
 from urbanclip_ray.libraries import library_versions
@@ -245,15 +245,10 @@ def all_reduce(config: RunConfig, uri: str) -> str:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     filesystem, path = resolve(uri)
-    resources = config.resources
     trainer = TorchTrainer(
         add_up_ranks,
         torch_config=TorchConfig(timeout_s=int(ALL_REDUCE_TIMEOUT_S)),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.worker_counts()[0],
-            use_gpu=resources.use_gpu,
-            resources_per_worker=worker_resources(resources),
-        ),
+        scaling_config=scaling_config(config.resources, config.worker_counts()[0]),
         run_config=ray.train.RunConfig(
             name="check",
             storage_path=path,

@@ -11,12 +11,14 @@ import ray
 import yaml
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from urbanclip_ray.config import ResourcesConfig
+from urbanclip_ray.config import ActorsConfig, Placement, ResourcesConfig
 
 HEAD_RESOURCE = "node:__internal_head__"
 # whose nodes are processes of the head's machine: Ray's, and ours of cluster/local.yaml
 ONE_HOST_PROVIDERS = ("fake_multinode", "local_nodes.LocalNodes")
 HEAD_TIMEOUT_S = 15.0
+ACCELERATOR_PREFIX = "accelerator_type:"  # a node has 1 of it, and whoever asks for the type takes a thousandth
+ACCELERATOR_SHARE = 0.001
 
 
 class Node(NamedTuple):
@@ -26,6 +28,7 @@ class Node(NamedTuple):
     host: str
     resources: dict[str, float]
     is_head: bool
+    labels: Mapping[str, str] = {}
 
 
 class NodeGroup(NamedTuple):
@@ -34,6 +37,28 @@ class NodeGroup(NamedTuple):
     name: str
     resources: dict[str, float]  # of each
     max_nodes: int
+    labels: Mapping[str, str] = {}
+
+
+class Wanted(NamedTuple):
+    """What each of some workers needs, and how they may lie on nodes."""
+
+    resources: Mapping[str, float]
+    labels: Mapping[str, str] = {}  # of the node
+    placement: Placement = "PACK"
+
+    def places(self, node: Node | NodeGroup) -> int:
+        """How many of the workers fit on one node."""
+        if any(node.labels.get(name) != value for name, value in self.labels.items()):
+            return 0
+        amounts = {name: amount for name, amount in self.resources.items() if amount > 0}
+        return min((int(node.resources.get(name, 0) / amount + 1e-6) for name, amount in amounts.items()), default=1)
+
+    def placed(self, by_node: Sequence[int]) -> int:
+        """How many of the workers fit on nodes of which each has so many places."""
+        if self.placement == "STRICT_PACK":
+            return max(by_node, default=0)
+        return sum(min(number, 1) for number in by_node) if self.placement == "STRICT_SPREAD" else sum(by_node)
 
 
 class Autoscaler(NamedTuple):
@@ -61,33 +86,67 @@ class Cluster(NamedTuple):
     def total(self, resource: str) -> float:
         return sum(node.resources.get(resource, 0) for node in self.nodes)
 
-    def places_now(self, wanted: Mapping[str, float]) -> int:
-        """How many workers of `wanted` resources each the nodes hold when they are free."""
-        return sum(places(node.resources, wanted) for node in self.nodes)
+    def accelerators(self) -> list[str]:
+        """Ray's names of the GPUs that nodes have, or nodes that the autoscaler may start."""
+        held = [node.resources for node in self.nodes]
+        held += [group.resources for group in (self.autoscaler.groups or ())] if self.autoscaler else []
+        names = {name for resources in held for name in resources if name.startswith(ACCELERATOR_PREFIX)}
+        return sorted(name.removeprefix(ACCELERATOR_PREFIX) for name in names)
 
-    def places_ever(self, wanted: Mapping[str, float]) -> int | None:
+    def places_now(self, wanted: Wanted) -> int:
+        """How many such workers the nodes hold when they are free."""
+        return wanted.placed([wanted.places(node) for node in self.nodes])
+
+    def places_ever(self, wanted: Wanted) -> int | None:
         """The same with every node that the autoscaler may start; None where its limits cannot be read."""
         if self.autoscaler is None:
             return self.places_now(wanted)
         if self.autoscaler.groups is None:
             return None
-        found = sum(places(node.resources, wanted) for node in self.nodes if node.is_head)
+        found = [wanted.places(node) for node in self.nodes if node.is_head]
         nodes_left = self.autoscaler.max_nodes
-        for group in sorted(self.autoscaler.groups, key=lambda group: -places(group.resources, wanted)):
+        for group in sorted(self.autoscaler.groups, key=lambda group: -wanted.places(group)):
             num_nodes = min(group.max_nodes, nodes_left)
-            found += num_nodes * places(group.resources, wanted)
+            found += num_nodes * [wanted.places(group)]
             nodes_left -= num_nodes
-        return max(found, self.places_now(wanted))
-
-
-def places(resources: Mapping[str, float], wanted: Mapping[str, float]) -> int:
-    """How many times `wanted` fits into the resources of one node."""
-    return min(int(resources.get(name, 0) / amount + 1e-6) for name, amount in wanted.items() if amount > 0)
+        return max(wanted.placed(found), self.places_now(wanted))
 
 
 def worker_resources(resources: ResourcesConfig) -> dict[str, float]:
     """What one training worker is given."""
-    return {"CPU": float(resources.cpus_per_worker)} | ({"GPU": 1.0} if resources.use_gpu else {})
+    memory = {"memory": float(resources.memory_per_worker_bytes)} if resources.memory_per_worker_bytes else {}
+    return {"CPU": float(resources.cpus_per_worker)} | ({"GPU": 1.0} if resources.use_gpu else {}) | memory
+
+
+def wanted_worker(resources: ResourcesConfig) -> Wanted:
+    """The nodes that training workers can be on."""
+    held = worker_resources(resources) | _accelerator(resources.accelerator_type)
+    return Wanted(held, resources.node_labels, resources.placement)
+
+
+def wanted_actor(each: ActorsConfig) -> Wanted:
+    """The nodes that an actor can be on; without resources where its config asks for nothing but a share of a CPU."""
+    held = {"GPU": each.gpus_per_actor, "CPU": each.cpus_per_actor, "memory": float(each.memory_per_actor_bytes)}
+    held |= _accelerator(each.accelerator_type)
+    return Wanted({name: amount for name, amount in held.items() if amount}, each.node_labels)
+
+
+def _accelerator(name: str) -> dict[str, float]:
+    return {f"{ACCELERATOR_PREFIX}{name}": ACCELERATOR_SHARE} if name else {}
+
+
+def scaling_config(resources: ResourcesConfig, num_workers: int | tuple[int, int]) -> Any:
+    """Ray Train's, for so many workers, or for between two numbers of them."""
+    from ray.train import ScalingConfig
+
+    return ScalingConfig(
+        num_workers=num_workers,
+        use_gpu=resources.use_gpu,
+        resources_per_worker=worker_resources(resources),
+        accelerator_type=resources.accelerator_type or None,
+        placement_strategy=resources.placement,
+        label_selector=dict(resources.node_labels) or None,
+    )
 
 
 def read_cluster() -> Cluster:
@@ -107,6 +166,7 @@ def parse_node(record: Mapping[str, Any]) -> Node:
         host=f"{record['NodeManagerHostname']} ({record['NodeManagerAddress']})",
         resources=dict(record["Resources"]),
         is_head=HEAD_RESOURCE in record["Resources"],
+        labels=dict(record.get("Labels") or {}),
     )
 
 
@@ -158,5 +218,5 @@ def parse_autoscaler(config: Mapping[str, Any]) -> Autoscaler:
         most = int(kind.get("max_workers", 0 if name == config.get("head_node_type") else max_nodes))
         if most and not kind.get("resources"):  # Ray asks the cloud what such a machine has; we cannot
             return Autoscaler(None, max_nodes, one_host)
-        groups.append(NodeGroup(name, dict(kind.get("resources") or {}), most))
+        groups.append(NodeGroup(name, dict(kind.get("resources") or {}), most, dict(kind.get("labels") or {})))
     return Autoscaler(tuple(groups), max_nodes, one_host)

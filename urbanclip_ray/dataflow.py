@@ -17,7 +17,7 @@ import ray.data
 from ray.data.block import Block, BlockAccessor
 from ray.data.datasource.datasink import TaskContext
 
-from urbanclip_ray.config import ConfigError
+from urbanclip_ray.config import ActorsConfig, ConfigError, TasksConfig
 from urbanclip_ray.errors import UserError
 from urbanclip_ray.filesystems import STORES_VARIABLE, stores_environment
 from urbanclip_ray.storage import Dataset, Publication, explain_os_error, join, resolve
@@ -38,6 +38,7 @@ ROWS_PER_READ = 256  # tiles are some tens of kilobytes
 # are enough of them for every core.
 ROWS_PER_TASK = 4096
 TASKS_PER_CPU = 3
+ANY_ACTOR = ActorsConfig()
 
 
 class ClusterError(UserError, RuntimeError):
@@ -160,17 +161,30 @@ def paths_of(dataset: Dataset, most_blocks: int | None = None) -> ray.data.Datas
     return ray.data.from_arrow([pa.table({"path": paths[first:end]}) for first, end in itertools.pairwise(bounds)])
 
 
-def actors(num_actors: int, gpus_per_actor: float = 0.0, *, num_rows: int = 1, rows_per_batch: int = 1) -> dict[str, Any]:
-    """At most so many actors for `map_batches`, each with a share of a GPU alone or with most of a CPU.
+def actors(num_actors: int, each: ActorsConfig = ANY_ACTOR, *, num_rows: int = 1, rows_per_batch: int = 1) -> dict[str, Any]:
+    """At most so many actors for `map_batches`, by default each with a share of a GPU alone or with most of a CPU.
 
     On CPUs as many of them start at once as there are CPUs and batches: Ray Data adds an actor where its budget has a CPU to
     spare, and the tasks that read for the first one have taken that.
     """
-    if gpus_per_actor:
+    options: dict[str, Any] = _placed(each.memory_per_actor_bytes, each.node_labels)
+    if each.accelerator_type:
+        options["accelerator_type"] = each.accelerator_type
+    if each.gpus_per_actor:
         compute = ray.data.ActorPoolStrategy(min_size=1, max_size=num_actors)
-        return {"compute": compute, "num_gpus": gpus_per_actor, "num_cpus": 0}
-    at_once = max(1, min(num_actors, -(-num_rows // rows_per_batch), _num_cpus()))
-    return {"compute": ray.data.ActorPoolStrategy(min_size=at_once, max_size=num_actors), "num_cpus": ACTOR_CPUS}
+        return options | {"compute": compute, "num_gpus": each.gpus_per_actor, "num_cpus": each.cpus_per_actor}
+    num_cpus = each.cpus_per_actor or ACTOR_CPUS
+    at_once = max(1, min(num_actors, -(-num_rows // rows_per_batch), int(_num_cpus() / max(1.0, num_cpus))))
+    return options | {"compute": ray.data.ActorPoolStrategy(min_size=at_once, max_size=num_actors), "num_cpus": num_cpus}
+
+
+def tasks(each: TasksConfig) -> dict[str, Any]:
+    """What each task of `map_batches` is given."""
+    return {"num_cpus": each.cpus_per_task} | _placed(each.memory_per_task_bytes, each.node_labels)
+
+
+def _placed(memory_bytes: int, labels: dict[str, str]) -> dict[str, Any]:
+    return ({"memory": memory_bytes} if memory_bytes else {}) | ({"label_selector": labels} if labels else {})
 
 
 def _num_cpus() -> int:
@@ -227,6 +241,8 @@ def collect(rows: ray.data.Dataset) -> list[pa.Table]:
     return [table for table in tables if table.num_rows]
 
 
-def map_tables(rows: ray.data.Dataset, function: Callable[[pa.Table], pa.Table], *, batch_size: int) -> ray.data.Dataset:
-    """Apply a function from table to table in stateless tasks."""
-    return rows.map_batches(function, batch_size=batch_size, batch_format="pyarrow")
+def map_tables(
+    rows: ray.data.Dataset, function: Callable[[pa.Table], pa.Table], *, batch_size: int, each: TasksConfig | None = None
+) -> ray.data.Dataset:
+    """Apply a function from table to table in stateless tasks, of one CPU each where nothing else is said."""
+    return rows.map_batches(function, batch_size=batch_size, batch_format="pyarrow", **(tasks(each) if each else {}))

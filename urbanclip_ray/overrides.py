@@ -80,6 +80,7 @@ def _explain(item: Any) -> str:
         return f"{key}.kind: {item['ctx']['tag']!r} is not one of {item['ctx']['expected_tags']}"
     if key == "config" or message.startswith((f"{key}.", f"{key}=")):  # a check of ours, which names its keys itself
         return message
-    if item["loc"][:1] == ("stores",):  # what was given may be a secret in the wrong place
+    is_section = item["type"] == "value_error" and isinstance(item.get("input"), dict)  # all its keys, which nobody would read
+    if is_section or item["loc"][:1] == ("stores",):  # what was given there may be a secret in the wrong place
         return f"{key}: {message}"
     return f"{key}: {message} (got {item.get('input')!r})"

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from urbanclip_ray import dataflow
-from urbanclip_ray.cluster import Cluster, read_cluster, worker_resources
-from urbanclip_ray.config import RunConfig
+from urbanclip_ray.cluster import ACCELERATOR_PREFIX, Cluster, Wanted, read_cluster, wanted_actor, wanted_worker
+from urbanclip_ray.config import RunConfig, Section
 from urbanclip_ray.errors import UserError
 from urbanclip_ray.places import list_places
 from urbanclip_ray.plan import survey
@@ -27,11 +27,11 @@ class PreflightError(UserError, RuntimeError):
 
 
 class Demand(NamedTuple):
-    """`num_workers` workers of `resources` each that a run needs at the same time."""
+    """`num_workers` workers that a run needs at the same time."""
 
     what: str
     num_workers: int
-    resources: dict[str, float]
+    wanted: Wanted
     fix: str
 
 
@@ -53,7 +53,7 @@ def refuse_unfit_run(given: RunConfig, run: Run, only: Sequence[str] | None) -> 
     refuse_paths_of_one_host(run.config, cluster)
     for demand in demands:
         refuse_impossible(demand, cluster)
-        if cluster.places_now(demand.resources) < demand.num_workers:
+        if cluster.places_now(demand.wanted) < demand.num_workers:
             print(f"more nodes must come: {describe_places(demand, cluster)}", flush=True)
 
 
@@ -126,24 +126,55 @@ def list_demands(config: RunConfig, to_make: Sequence[str]) -> list[Demand]:
             Demand(
                 "training worker",
                 config.worker_counts()[0],
-                worker_resources(config.resources),
-                "lower resources.num_workers, resources.cpus_per_worker or resources.use_gpu",
+                wanted_worker(config.resources),
+                "lower resources.num_workers, resources.cpus_per_worker or resources.use_gpu"
+                + _change(config.resources, "resources", ("memory_per_worker_bytes", "accelerator_type", "node_labels"))
+                + (", or set resources.placement=PACK" if config.resources.placement.startswith("STRICT") else ""),
             )
         )
     baselines = config.baselines
     if any(name.startswith("trained_") for name in to_make):
         each = {"CPU": float(baselines.cpus_per_task)} | ({"GPU": baselines.gpus_per_task} if baselines.gpus_per_task else {})
         fix = "lower baselines.cpus_per_task or baselines.gpus_per_task"
-        demands.append(Demand("task of a baseline", 1, each, fix))
-    embeds = any(name in ("embeddings", "untrained") or name.startswith(EMBEDDED_PREFIXES) for name in to_make)
-    if config.embed.gpus_per_actor and embeds:
-        demands.append(Demand("embedding actor", 1, {"GPU": config.embed.gpus_per_actor}, "lower embed.gpus_per_actor"))
+        demands.append(Demand("task of a baseline", 1, Wanted(each), fix))
+    demands += _demands_of_actors(config, to_make)
+    reading = config.ingest
+    if "tiles" in to_make and (reading.memory_per_task_bytes or reading.node_labels or reading.cpus_per_task > 1):
+        held = {"CPU": reading.cpus_per_task, "memory": float(reading.memory_per_task_bytes)}
+        fix = "lower ingest.cpus_per_task" + _change(reading, "ingest", ("memory_per_task_bytes", "node_labels"))
+        demands.append(Demand("reading task", 1, Wanted(held, reading.node_labels), fix))
     return demands
+
+
+def _demands_of_actors(config: RunConfig, to_make: Sequence[str]) -> list[Demand]:
+    """One actor of each stage that has some, where its config asks for more than a share of a CPU."""
+    embeds = any(name in ("embeddings", "untrained") or name.startswith(EMBEDDED_PREFIXES) for name in to_make)
+    caption = config.caption if config.caption.uses_model else config.caption.without_gpus()
+    scores = "pairs" in to_make and bool(config.refine.consistency.weights)
+    stages = (
+        ("captions" in to_make, "captioning actor", "caption", caption),
+        (scores, "scoring actor", "refine.consistency", config.refine.consistency),
+        (embeds, "embedding actor", "embed", config.embed),
+    )
+    demands = []
+    for is_made, what, section, each in stages:
+        wanted = wanted_actor(each)
+        if is_made and (wanted.resources or wanted.labels):
+            names = ("cpus_per_actor", "memory_per_actor_bytes", "accelerator_type", "node_labels")
+            fix = (f"lower {section}.gpus_per_actor" if each.gpus_per_actor else "") + _change(each, section, names)
+            demands.append(Demand(what, 1, wanted, fix.removeprefix(", or ")))
+    return demands
+
+
+def _change(section: Section, name: str, keys: Sequence[str]) -> str:
+    """Those of the keys that a config sets, as the end of a fix."""
+    changed = [key for key in keys if getattr(section, key)]
+    return f", or change {' or '.join(f'{name}.{key}' for key in changed)}" if changed else ""
 
 
 def refuse_impossible(demand: Demand, cluster: Cluster) -> None:
     """More workers than the cluster and its autoscaler can ever hold: Ray would wait for them for ever."""
-    ever = cluster.places_ever(demand.resources)
+    ever = cluster.places_ever(demand.wanted)
     if ever is None or ever >= demand.num_workers:
         return
     raise PreflightError(f"{describe_places(demand, cluster)}: {demand.fix}, or add nodes")
@@ -151,15 +182,26 @@ def refuse_impossible(demand: Demand, cluster: Cluster) -> None:
 
 def describe_places(demand: Demand, cluster: Cluster) -> str:
     """How many of the workers fit, now and ever, with the numbers behind it."""
-    now = cluster.places_now(demand.resources)
-    each = " + ".join(f"{amount:g} {name}" for name, amount in demand.resources.items())
-    have = ", ".join(f"{cluster.total(name):g} {name}" for name in demand.resources)
-    ever = cluster.places_ever(demand.resources)
+    wanted, now, ever = demand.wanted, cluster.places_now(demand.wanted), cluster.places_ever(demand.wanted)
+    each = " + ".join(_amount(name, amount) for name, amount in wanted.resources.items()) or "any size"
+    each += "".join(f", on nodes with {name}={value}" for name, value in wanted.labels.items())
+    counted_names = [name for name in wanted.resources if not name.startswith(ACCELERATOR_PREFIX)]
+    have = ", ".join(_amount(name, cluster.total(name)) for name in counted_names)
+    if len(counted_names) < len(wanted.resources):
+        have += f"; types that there are, or can be started: {', '.join(cluster.accelerators()) or 'none'}"
     later = {None: ", an autoscaler with limits unknown to us", now: ""}.get(
         ever, f", {ever} with all that the autoscaler can start"
     )
-    wanted = counted(demand.num_workers, demand.what)
-    return f"{wanted} of {each} each: {now} fit on {counted(len(cluster.nodes), 'node')} ({have}){later}"
+    asked = counted(demand.num_workers, demand.what)
+    strictly = {"STRICT_PACK": " on one node", "STRICT_SPREAD": " on a node of its own"}.get(wanted.placement, "")
+    nodes = counted(len(cluster.nodes), "node")
+    return f"{asked} of {each} each{strictly}: {now} fit on {nodes}{f' ({have})' if have else ''}{later}"
+
+
+def _amount(name: str, amount: float) -> str:
+    if name == "memory":
+        return f"{amount / 2**30:.3g} GiB of memory"
+    return f"type {name.removeprefix(ACCELERATOR_PREFIX)}" if name.startswith(ACCELERATOR_PREFIX) else f"{amount:g} {name}"
 
 
 def probe_storage(storage: str) -> None:

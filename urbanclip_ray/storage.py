@@ -1,4 +1,4 @@
-"""Files and datasets: local paths and `s3://` through the same code.
+"""Files and datasets: local paths, `s3://` and `gs://` through the same code.
 
 A dataset is a folder `<storage>/<run>/<stage>/<digest>` with Parquet files and a `manifest.json`. The manifest is written
 last, by one conditional write, and is what makes the dataset exist: files without it are leftovers that no reader sees.
@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -24,11 +24,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from urbanclip_ray.filesystems import absolute as absolute  # exported again: who works with files imports one module
 from urbanclip_ray.filesystems import check_access as check_access
-from urbanclip_ray.filesystems import find_store, is_s3
+from urbanclip_ray.filesystems import explain_storage_error, is_google, is_object_storage, list_level, put_if_absent
 from urbanclip_ray.filesystems import resolve as resolve
 from urbanclip_ray.libraries import library_versions
 from urbanclip_ray.object_storage import StorageError as StorageError
-from urbanclip_ray.object_storage import explain_s3_error, put_if_absent
 from urbanclip_ray.schema import FORMAT_VERSION
 
 MANIFEST = "manifest.json"
@@ -91,7 +90,7 @@ def open_file(uri: str) -> Iterator[pa.NativeFile]:
 
 
 def write_bytes(uri: str, data: bytes | memoryview) -> None:
-    """Write a file whole: on a local disk by rename, on S3 by a single PUT, so no reader sees half of it."""
+    """Write a file whole: on a local disk by rename, in object storage by a single request, so no reader sees half of it."""
     with open_output(uri) as file:
         file.write(data)
 
@@ -161,7 +160,10 @@ def _list(uri: str, recursive: bool) -> list[pafs.FileInfo]:
     with _explained(uri):
         if filesystem.get_file_info(path).type == pafs.FileType.NotFound:
             raise StorageError(f"{uri}: no such folder; check the path")
-        found = filesystem.get_file_info(pafs.FileSelector(path, recursive=recursive))
+        if is_google(uri) and not recursive:
+            found = list_level(uri)
+        else:
+            found = filesystem.get_file_info(pafs.FileSelector(path, recursive=recursive))
     return sorted(found, key=lambda info: str(info.path))
 
 
@@ -175,7 +177,9 @@ def delete_folder(uri: str) -> None:
     filesystem, path = resolve(uri)
     with _explained(uri):
         if filesystem.get_file_info(path).type == pafs.FileType.Directory:
-            filesystem.delete_dir(path)
+            # pyarrow empties a folder of gs://, and then misses the folder's own object where none was made
+            with suppress(FileNotFoundError) if is_google(uri) else nullcontext():
+                filesystem.delete_dir(path)
 
 
 def digest(value: Any) -> str:
@@ -185,8 +189,8 @@ def digest(value: Any) -> str:
 
 def explain_os_error(error: OSError, uri: str) -> Exception:
     """The same error with the place and the fix in its message, where we know one; a StorageError for object storage."""
-    if is_s3(uri):
-        return explain_s3_error(error, uri, find_store(uri))
+    if is_object_storage(uri):
+        return explain_storage_error(error, uri)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         fix = "the disk is full: free space or set --storage to another place, then run the same command again"
     elif error.errno in (errno.EACCES, errno.EROFS):
@@ -362,7 +366,7 @@ def create_exclusively(uri: str, data: bytes) -> bool:
                 return False
         return True
     # not the first: ours all the same where a retry met its own first attempt
-    return put_if_absent(uri, data, find_store(uri)) or read_bytes(uri) == data
+    return put_if_absent(uri, data) or read_bytes(uri) == data
 
 
 def dataset_uri(storage: str, run: str, stage: str, config: dict[str, Any], parents: dict[str, Dataset]) -> str:

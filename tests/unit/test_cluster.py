@@ -11,19 +11,22 @@ import pytest
 import yaml
 
 from urbanclip_ray.cluster import (
+    ACCELERATOR_SHARE,
     HEAD_RESOURCE,
     Autoscaler,
     Cluster,
     Node,
     NodeGroup,
+    Wanted,
     parse_autoscaler,
     parse_node,
-    places,
     read_autoscaler,
     read_cluster,
+    scaling_config,
+    wanted_actor,
     worker_resources,
 )
-from urbanclip_ray.config import ResourcesConfig
+from urbanclip_ray.config import EmbedConfig, ResourcesConfig
 
 FAKE = {
     "max_workers": 4,
@@ -65,6 +68,48 @@ def test_hosts_differ_by_name_or_by_address(records, num_hosts):
     assert len(cluster_of(*records).hosts) == num_hosts
 
 
+def test_labels_and_types_of_accelerators_choose_the_node():
+    labelled = Node("1", "a", {"CPU": 8, "GPU": 2, "accelerator_type:L4": 1}, is_head=False, labels={"group": "caption"})
+    plain = Node("2", "b", {"CPU": 8, "GPU": 4, "accelerator_type:A100": 1}, is_head=False)
+    cluster = Cluster((labelled, plain), None)
+    assert cluster.places_now(Wanted({"GPU": 1})) == 6
+    assert cluster.places_now(Wanted({"GPU": 1}, {"group": "caption"})) == 2
+    assert cluster.places_now(Wanted({}, {"group": "train"})) == 0
+    caption = wanted_actor(EmbedConfig(gpus_per_actor=1, accelerator_type="L4"))
+    assert cluster.places_now(caption) == 2
+    assert cluster.accelerators() == ["A100", "L4"]
+
+
+def test_ranks_lie_as_strictly_as_they_are_told():
+    nodes = [Node(str(number), str(number), {"CPU": cpus}, is_head=False) for number, cpus in enumerate((2, 5, 0))]
+    cluster = Cluster(tuple(nodes), None)
+    found = {name: cluster.places_now(Wanted({"CPU": 1}, placement=name)) for name in ("PACK", "STRICT_PACK", "STRICT_SPREAD")}
+    assert found == {"PACK": 7, "STRICT_PACK": 5, "STRICT_SPREAD": 2}
+
+
+def test_ray_train_is_told_what_the_config_says(ray_cluster):
+    resources = ResourcesConfig(
+        use_gpu=True,
+        memory_per_worker_bytes=1 << 30,
+        accelerator_type="A100",
+        placement="STRICT_SPREAD",
+        node_labels={"ray.io/node-group": "train"},
+    )
+    scaling = scaling_config(resources, (2, 4))
+    assert (scaling.min_workers, scaling.max_workers, scaling.use_gpu) == (2, 4, True)
+    each = scaling._resources_per_worker_not_none
+    assert each == {"CPU": 1, "GPU": 1, "memory": 1 << 30, "accelerator_type:A100": ACCELERATOR_SHARE}
+    assert scaling.placement_strategy == "STRICT_SPREAD"
+    assert scaling.label_selector == {"ray.io/node-group": "train"}
+    plain = scaling_config(ResourcesConfig(), 2)
+    assert (plain.accelerator_type, plain.label_selector, plain.placement_strategy) == (None, None, "PACK")
+
+
+def test_a_node_of_ray_has_its_labels(ray_cluster):
+    (node,) = read_cluster().nodes
+    assert node.labels["ray.io/node-id"] == node.node_id
+
+
 @pytest.mark.parametrize(
     ("resources", "wanted", "expected"),
     [
@@ -75,31 +120,31 @@ def test_hosts_differ_by_name_or_by_address(records, num_hosts):
     ],
 )
 def test_workers_fit_into_a_node_as_often_as_its_scarcest_resource_allows(resources, wanted, expected):
-    assert places(resources, wanted) == expected
+    assert Wanted(wanted).places(NodeGroup("any", resources, 1)) == expected
 
 
 def test_a_worker_is_not_cut_over_two_nodes():
     cluster = cluster_of(record("a", "1", CPU=3, is_head=True), record("b", "2", CPU=3))
-    assert cluster.places_now({"CPU": 2}) == cluster.places_ever({"CPU": 2}) == 2
+    assert cluster.places_now(Wanted({"CPU": 2})) == cluster.places_ever(Wanted({"CPU": 2})) == 2
 
 
 def test_an_autoscaler_adds_its_largest_nodes_within_all_its_limits():
     head = record("a", "1", CPU=0, is_head=True)
     cluster = cluster_of(head, record("a", "1", CPU=1), autoscaler=parse_autoscaler(FAKE))
-    assert cluster.places_now({"CPU": 1}) == 1
-    assert cluster.places_ever({"CPU": 1}) == 2 * 4 + 2 * 1  # two large nodes, and two of the three small ones
-    assert cluster.places_ever({"CPU": 1, "GPU": 1}) == 2
-    assert cluster.places_ever({"CPU": 5}) == 0
+    assert cluster.places_now(Wanted({"CPU": 1})) == 1
+    assert cluster.places_ever(Wanted({"CPU": 1})) == 2 * 4 + 2 * 1  # two large nodes, and two of the three small ones
+    assert cluster.places_ever(Wanted({"CPU": 1, "GPU": 1})) == 2
+    assert cluster.places_ever(Wanted({"CPU": 5})) == 0
 
 
 def test_nodes_that_somebody_added_by_hand_count_beside_an_autoscaler():
     cluster = cluster_of(record("a", "1", CPU=64), autoscaler=parse_autoscaler(FAKE))
-    assert cluster.places_ever({"CPU": 1}) == 64
+    assert cluster.places_ever(Wanted({"CPU": 1})) == 64
 
 
 def test_limits_out_of_sight_are_unknown_and_may_add_hosts():
     cluster = cluster_of(record("a", "1", CPU=1), autoscaler=Autoscaler(None, 1, one_host=False))
-    assert cluster.places_ever({"CPU": 1}) is None
+    assert cluster.places_ever(Wanted({"CPU": 1})) is None
     assert cluster.can_add_hosts
 
 
@@ -145,7 +190,7 @@ def test_a_ray_of_this_machine_has_one_host_and_no_autoscaler(ray_cluster):
     cluster = read_cluster()
     assert [node.is_head for node in cluster.nodes] == [True]
     assert (len(cluster.hosts), cluster.autoscaler, cluster.can_add_hosts) == (1, None, False)
-    assert cluster.places_ever({"CPU": 1}) == 2
+    assert cluster.places_ever(Wanted({"CPU": 1})) == 2
     assert cluster.total("CPU") == 2
 
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from urbanclip_ray.config import (
     CaptionConfig,
     ConfigError,
+    ConsistencyConfig,
     EmbedConfig,
     FolderSource,
     IngestConfig,
@@ -23,6 +24,7 @@ from urbanclip_ray.config import (
 from urbanclip_ray.overrides import apply_overrides, build_config
 
 DEFAULT = RunConfig()
+GROUP = {"ray.io/node-group": "caption"}
 
 
 def refusal(*overrides: str) -> str:
@@ -89,6 +91,27 @@ def test_a_bad_value_names_its_key_and_itself(override, key, got):
     message = refusal(override)
     assert message.startswith(f"{key}: ")
     assert got in message
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "fix"),
+    [
+        ("caption.accelerator_type=L4", "caption", "accelerator_type=L4 without a GPU: set gpus_per_actor too"),
+        ("resources.accelerator_type=L4", "resources", "accelerator_type=L4 without a GPU: set resources.use_gpu=true"),
+        ("embed.accelerator_type=an L4", "embed.accelerator_type", "one of Ray's names for an accelerator"),
+        ("resources.placement=TIGHT", "resources.placement", "STRICT_SPREAD"),
+        ("resources.node_labels={a: b c}", "resources.node_labels", "a label of a node and its value"),
+    ],
+)
+def test_what_no_node_could_have_is_refused_with_the_fix(override, key, fix):
+    message = refusal(override)
+    assert message.startswith(key)
+    assert fix in message
+
+
+def test_engines_of_vllm_are_placed_by_their_gpus_alone():
+    message = refusal("caption.captioner=vllm", "caption.model=a", "caption.gpus_per_actor=1", "caption.cpus_per_actor=4")
+    assert "leave out cpus_per_actor, memory_per_actor_bytes and node_labels" in message
 
 
 def test_every_problem_has_its_line():
@@ -244,6 +267,20 @@ def test_configs_are_frozen_and_unknown_fields_are_refused_on_construction():
         (EmbedConfig(), EmbedConfig(num_actors=5, gpus_per_actor=0.5, tiles_per_batch=1)),
         (StoreConfig(), StoreConfig(root="s3://a", endpoint="http://h", region="r", profile="p")),
         (ResourcesConfig(), ResourcesConfig(num_workers=7, cpus_per_worker=3, use_gpu=True)),
+        (
+            ResourcesConfig(),
+            ResourcesConfig(
+                use_gpu=True, accelerator_type="A100", memory_per_worker_bytes=1, placement="SPREAD", node_labels=GROUP
+            ),
+        ),
+        (EmbedConfig(), EmbedConfig(gpus_per_actor=1, accelerator_type="L4", cpus_per_actor=2, memory_per_actor_bytes=1)),
+        (EmbedConfig(), EmbedConfig(node_labels=GROUP)),
+        (ConsistencyConfig(), ConsistencyConfig(cpus_per_actor=2, node_labels=GROUP)),
+        (IngestConfig(), IngestConfig(cpus_per_task=0.5, memory_per_task_bytes=1, node_labels=GROUP)),
+        (
+            CaptionConfig(captioner="transformers", model="a"),
+            CaptionConfig(captioner="transformers", model="a", gpus_per_actor=1, accelerator_type="L4", node_labels=GROUP),
+        ),
     ],
     ids=lambda pair: type(pair[0]).__name__,
 )

@@ -13,7 +13,7 @@ import pytest
 import ray.data
 
 from urbanclip_ray import dataflow
-from urbanclip_ray.config import ConfigError, StoreConfig
+from urbanclip_ray.config import ActorsConfig, ConfigError, StoreConfig, TasksConfig
 from urbanclip_ray.filesystems import STORES_VARIABLE, use_stores
 from urbanclip_ray.storage import open_dataset, publish
 
@@ -106,9 +106,37 @@ def test_no_more_actors_start_than_there_are_batches_or_cpus(ray_cluster, num_ac
 
 def test_actors_on_gpus_take_no_cpu_and_come_one_by_one(ray_cluster):
     dataflow.connect()
-    options = dataflow.actors(4, 0.5, num_rows=100)
+    options = dataflow.actors(4, ActorsConfig(gpus_per_actor=0.5), num_rows=100)
     assert (options["num_gpus"], options["num_cpus"]) == (0.5, 0)
     assert (options["compute"].min_size, options["compute"].max_size) == (1, 4)
+
+
+def test_actors_and_tasks_are_given_what_a_config_asks_for(ray_cluster):
+    dataflow.connect()
+    labels = {"ray.io/node-group": "caption"}
+    each = ActorsConfig(
+        gpus_per_actor=1, cpus_per_actor=4, memory_per_actor_bytes=8 << 30, accelerator_type="L4", node_labels=labels
+    )
+    options = dataflow.actors(4, each)
+    assert options.pop("compute").max_size == 4
+    asked = {"memory": 8 << 30, "accelerator_type": "L4", "label_selector": labels}
+    assert options == asked | {"num_gpus": 1, "num_cpus": 4}
+    large = dataflow.actors(8, ActorsConfig(cpus_per_actor=2), num_rows=1000)
+    assert (large["num_cpus"], large["compute"].min_size) == (2, 1)  # two CPUs hold one of them
+    assert dataflow.tasks(TasksConfig(cpus_per_task=0.5)) == {"num_cpus": 0.5}
+    reading = TasksConfig(memory_per_task_bytes=1 << 30, node_labels=labels)
+    assert dataflow.tasks(reading) == {"num_cpus": 1, "memory": 1 << 30, "label_selector": labels}
+
+
+def test_ray_runs_a_task_on_memory_that_there_is_and_its_rows_come_back(ray_cluster):
+    dataflow.connect()
+    rows = dataflow.map_tables(
+        ray.data.from_arrow(pa.table({"x": [1, 2, 3]})),
+        lambda table: table.append_column("y", table["x"]),
+        batch_size=2,
+        each=TasksConfig(cpus_per_task=0.5, memory_per_task_bytes=1 << 20),
+    )
+    assert pa.concat_tables(dataflow.collect(rows))["y"].to_pylist() == [1, 2, 3]
 
 
 def test_many_small_blocks_written_to_one_file_keep_their_order(tmp_path, ray_cluster):

@@ -67,7 +67,11 @@ def test_stores_are_written_as_json_or_yaml_and_decide_no_digest():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[{root: gs://a}]", "stores.0.root: a store's root is s3://, s3://bucket or s3://bucket/prefix, not gs://a"),
+        (
+            "[{root: ftp://a}]",
+            "stores.0.root: a store's root is s3:// or gs://, with or without bucket or bucket/prefix, not ftp://a",
+        ),
+        ("[{root: gs://a, profile: me}]", "are S3's: gs:// takes the machine's service account"),
         ("[{root: s3://a}, {root: s3://a/}]", "two stores have the root s3://a: keep one"),
         ("[{anonymous: true, profile: me}]", "give one of anonymous, profile, and key_id_variable with secret_variable"),
         ("[{key_id_variable: KEY}]", "key_id_variable and secret_variable belong together: give both or neither"),

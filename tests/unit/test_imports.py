@@ -18,6 +18,7 @@ LIGHT = [
     *("", ".errors", ".remote_errors", ".config", ".overrides", ".recipes", ".schema", ".storage", ".command_line"),
     *(
         ".object_storage",
+        ".google_storage",
         ".filesystems",
         ".imagery",
         ".sources",
@@ -160,7 +161,7 @@ def test_of_captioners_the_coca_and_the_consistency_score_alone_know_the_model_a
 
 
 def test_nothing_below_reaches_up():
-    order = ["errors", "libraries", "schema", "config", "object_storage", "filesystems", "storage"]
+    order = ["errors", "libraries", "schema", "config", "object_storage", "google_storage", "filesystems", "storage"]
     for place, lower in enumerate(order):
         allowed = order[: place + 1]  # a package imports its own modules
         for item in ALL:

@@ -122,6 +122,54 @@ def test_gpus_that_no_node_has_are_refused():
         refuse_impossible(embedding, Cluster((HEAD,), None))
 
 
+def test_a_type_of_gpu_that_nothing_has_is_refused_with_those_that_there_are():
+    gpu_node = Node("4", "c", {"CPU": 8.0, "GPU": 4.0, "accelerator_type:T4": 1.0}, is_head=False)
+    config = config_with("embed.gpus_per_actor=1", "embed.accelerator_type=A100")
+    (demand,) = list_demands(config, ["embeddings"])
+    message = (
+        r"1 embedding actor of 1 GPU \+ type A100 each: 0 fit on 2 nodes "
+        r"\(4 GPU; types that there are, or can be started: T4\): "
+        r"lower embed\.gpus_per_actor, or change embed\.accelerator_type, or add nodes"
+    )
+    with pytest.raises(PreflightError, match=message):
+        refuse_impossible(demand, Cluster((HEAD, gpu_node), None))
+    growing = Autoscaler((NodeGroup("train", {"CPU": 8, "GPU": 1, "accelerator_type:A100": 1}, 2),), 2, one_host=False)
+    refuse_impossible(demand, Cluster((HEAD, gpu_node), growing))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stage", "message"),
+    [
+        (
+            ["caption.memory_per_actor_bytes=4294967296"],
+            "captions",
+            r"1 captioning actor of 4 GiB of memory each: 0 fit on 1 node \(0 GiB of memory\): change "
+            r"caption\.memory_per_actor_bytes, or add nodes",
+        ),
+        (
+            ["caption.node_labels={ray.io/node-group: caption}"],
+            "captions",
+            r"1 captioning actor of any size, on nodes with ray\.io/node-group=caption each: 0 fit.*caption\.node_labels",
+        ),
+        (["ingest.cpus_per_task=4"], "tiles", r"1 reading task of 4 CPU .*lower ingest\.cpus_per_task, or add nodes"),
+        (
+            ["refine.consistency.weights=/w", "refine.consistency.cpus_per_actor=9"],
+            "pairs",
+            r"1 scoring actor of 9 CPU each.*refine\.consistency\.cpus_per_actor",
+        ),
+        (
+            ["resources.placement=STRICT_SPREAD"],
+            "pretrain",
+            r"2 training workers of 1 CPU each on a node of its own: 1 fit on 1 node.*or set resources\.placement=PACK",
+        ),
+    ],
+)
+def test_what_a_stage_asks_for_and_no_node_has_is_refused_by_its_key(overrides, stage, message):
+    (demand,) = list_demands(config_with(*overrides), [stage])
+    with pytest.raises(PreflightError, match=message):
+        refuse_impossible(demand, Cluster((HEAD,), None))
+
+
 def test_only_stages_to_be_made_demand_anything():
     assert list_demands(config_with("embed.gpus_per_actor=1"), ["tiles", "probe"]) == []
 

@@ -202,8 +202,8 @@ def test_uris_have_a_filesystem_or_a_refusal(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert resolve("runs/x")[1] == str(tmp_path / "runs/x")
     assert resolve(f"file://{tmp_path}/x")[1] == f"{tmp_path}/x"
-    with pytest.raises(StorageError, match="gs://bucket/x: only local paths and s3:// are supported"):
-        resolve("gs://bucket/x")
+    with pytest.raises(StorageError, match="az://bucket/x: only local paths, s3:// and gs:// are supported"):
+        resolve("az://bucket/x")
 
 
 def test_the_folder_of_a_dataset_follows_from_config_and_parents(tmp_path):

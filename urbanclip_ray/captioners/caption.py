@@ -218,7 +218,7 @@ def describe_rows(rows: ray.data.Dataset, work: CaptionWork, actor: type[Caption
             batch_format="pyarrow",
             **dataflow.actors(
                 config.num_actors,
-                config.gpus_per_actor if work.model is not None else 0,
+                config if work.model is not None else config.without_gpus(),
                 num_rows=work.tiles.manifest.rows_out,
                 rows_per_batch=config.tiles_per_batch,
             ),

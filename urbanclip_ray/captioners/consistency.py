@@ -68,7 +68,7 @@ def score_sentences(
         batch_format="pyarrow",
         **dataflow.actors(
             config.num_actors,
-            config.gpus_per_actor,
+            config,
             num_rows=tiles.manifest.rows_out,
             rows_per_batch=config.tiles_per_batch,
         ),

@@ -72,6 +72,7 @@ def engine_settings(config: CaptionConfig, reference: ModelReference) -> dict[st
         "engine_kwargs": engine,
         "batch_size": config.tiles_per_batch,
         "concurrency": config.num_actors,
+        "accelerator_type": config.accelerator_type or None,
         "should_continue_on_error": True,
         "log_engine_metrics": False,
         "chat_template_stage": False,

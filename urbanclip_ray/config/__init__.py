@@ -27,6 +27,7 @@ from urbanclip_ray.config.evaluation import (
 from urbanclip_ray.config.labels import LabelsConfig, RasterConfig
 from urbanclip_ray.config.refinement import ConsistencyConfig, RefineConfig
 from urbanclip_ray.config.report import PromptsConfig, ReportConfig
+from urbanclip_ray.config.resources import ActorsConfig, Placement, ResourcesConfig, TasksConfig
 from urbanclip_ray.config.run import RunConfig
 from urbanclip_ray.config.search import Domain, TuneConfig
 from urbanclip_ray.config.section import ConfigError, Section
@@ -45,12 +46,13 @@ from urbanclip_ray.config.sources import (
     WorldSource,
 )
 from urbanclip_ray.config.stores import StoreConfig
-from urbanclip_ray.config.training import HUB, AugmentConfig, ModelConfig, ModelPart, ResourcesConfig, StepCut, TrainConfig
+from urbanclip_ray.config.training import HUB, AugmentConfig, ModelConfig, ModelPart, StepCut, TrainConfig
 
 __all__ = [
     "HUB",
     "NO_WEIGHTS",
     "SOURCE_KINDS",
+    "ActorsConfig",
     "AugmentConfig",
     "BaselineName",
     "BaselinesConfig",
@@ -71,6 +73,7 @@ __all__ = [
     "PackConfig",
     "PairsSource",
     "PixelsConfig",
+    "Placement",
     "ProbeConfig",
     "PromptsConfig",
     "RasterConfig",
@@ -88,6 +91,7 @@ __all__ = [
     "StepCut",
     "StoreConfig",
     "Target",
+    "TasksConfig",
     "TrainConfig",
     "TuneConfig",
     "UrbanClipSource",

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from urbanclip_ray.config.prompts import find_prompts
+from urbanclip_ray.config.resources import ActorsConfig
 from urbanclip_ray.config.section import Section, VariableName, execution
 
 
@@ -31,7 +32,7 @@ class DecodingConfig(Section):
         return self
 
 
-class CaptionConfig(Section):
+class CaptionConfig(ActorsConfig):
     """Who describes the tiles.
 
     `given`: the source itself, and a `model` of the transformers library, where one is named, for tiles that the source
@@ -54,7 +55,6 @@ class CaptionConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: what the weights were saved in; `coca`: fp32
     decoding: DecodingConfig = DecodingConfig()
     device_map: str = execution("")  # empty: the whole model on the actor's one device; auto spreads it (needs accelerate)
-    gpus_per_actor: float = execution(0.0, ge=0)
     max_attempts: int = execution(3, ge=1)  # at a tile whose failure may pass, or which ends the captioner's process
     cache_folder: str = execution("~/.cache/urbanclip_ray")  # of every node, for directories that are URIs
     tiles_per_batch: int = execution(64, ge=1)
@@ -89,6 +89,11 @@ class CaptionConfig(Section):
             )
         if self.captioner in ("openai", "vllm") and self.decoding.num_beams > 1:
             raise ValueError(f"caption.captioner={self.captioner} has no beam search: set caption.decoding.num_beams=1")
+        if self.captioner == "vllm" and (self.cpus_per_actor or self.memory_per_actor_bytes or self.node_labels):
+            raise ValueError(
+                "caption.captioner=vllm places its engines by caption.gpus_per_actor and caption.accelerator_type alone: leave "
+                "out cpus_per_actor, memory_per_actor_bytes and node_labels"
+            )
         if self.captioner == "coca":
             self._check_coca()
         self.asked()

@@ -6,12 +6,13 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from urbanclip_ray.config.resources import TasksConfig
 from urbanclip_ray.config.section import Section, execution
 
 SplitKind = Literal["source", "random", "blocks", "group", "city", "transfer"]
 
 
-class IngestConfig(Section):
+class IngestConfig(TasksConfig):
     """What a tile must be to count as readable."""
 
     min_side_px: int = Field(default=8, ge=1)

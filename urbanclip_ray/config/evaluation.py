@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from urbanclip_ray.config.resources import ActorsConfig
 from urbanclip_ray.config.section import Section, execution
 from urbanclip_ray.schema import is_safe_name
 
@@ -19,7 +20,7 @@ NO_WEIGHTS = "none"  # of embed.weights
 OWN_NAMES = ("pretrained", "untrained", "prompts", "colour", "coordinates", "mean")  # of what every run may have
 
 
-class EmbedConfig(Section):
+class EmbedConfig(ActorsConfig):
     """How tiles become vectors."""
 
     # URI of weights made before (their digest takes part, not their place); empty: the ones that this run pretrains; none: the
@@ -34,7 +35,6 @@ class EmbedConfig(Section):
     features: Features = "embedding"
     tiles_per_batch: int = execution(64, ge=1)
     num_actors: int = execution(2, ge=1)
-    gpus_per_actor: float = execution(0.0, ge=0)
 
     @field_validator("also")
     @classmethod

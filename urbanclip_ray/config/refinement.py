@@ -6,10 +6,11 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from urbanclip_ray.config.resources import ActorsConfig
 from urbanclip_ray.config.section import Section, execution
 
 
-class ConsistencyConfig(Section):
+class ConsistencyConfig(ActorsConfig):
     """Whether a sentence fits its tile by the cosine of a CLIP-like model; off where `weights` is empty.
 
     `weights` is a run, a folder of weights, or ARCHITECTURE@FILE of open_clip, and must have a text tower.
@@ -20,7 +21,6 @@ class ConsistencyConfig(Section):
     top_share: float = Field(default=1.0, gt=0, le=1)  # of every region's sentences, the best
     tiles_per_batch: int = execution(64, ge=1)
     num_actors: int = execution(1, ge=1)
-    gpus_per_actor: float = execution(0.0, ge=0)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

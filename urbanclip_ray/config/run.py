@@ -13,11 +13,12 @@ from urbanclip_ray.config.evaluation import BaselinesConfig, EmbedConfig, ProbeC
 from urbanclip_ray.config.labels import LabelsConfig
 from urbanclip_ray.config.refinement import RefineConfig
 from urbanclip_ray.config.report import PromptsConfig, ReportConfig
+from urbanclip_ray.config.resources import ResourcesConfig
 from urbanclip_ray.config.search import TuneConfig, check_searched
 from urbanclip_ray.config.section import Section, execution
 from urbanclip_ray.config.sources import FolderSource, SourceConfig
 from urbanclip_ray.config.stores import StoreConfig
-from urbanclip_ray.config.training import ModelConfig, ResourcesConfig, TrainConfig
+from urbanclip_ray.config.training import ModelConfig, TrainConfig
 from urbanclip_ray.schema import is_safe_name
 
 

@@ -1,4 +1,4 @@
-"""Object storage: how the servers behind `s3://` are reached."""
+"""Object storage: how the servers behind `s3://` and `gs://` are reached."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from urbanclip_ray.config.section import Section, VariableName, execution
 
 
 class StoreConfig(Section):
-    """How the object storage below one root is reached. What is empty comes from the AWS variables and config files.
+    """How the object storage below one root is reached. What is empty comes from the AWS variables and config
+    files, or is found as Google's libraries find it.
 
     A store names who asks (a profile of the AWS config files, or environment variables, on every node); it holds no secret.
     """
 
-    root: str = execution("s3://")  # s3://bucket/prefix; of several that hold a URI the longest wins
+    root: str = execution("s3://")  # or gs://; s3://bucket/prefix; of several that hold a URI the longest wins
     endpoint: str = execution("")  # http://host:port of a server that is not AWS's
     region: str = execution("")
     anonymous: bool = execution(False)  # for public buckets
@@ -26,9 +27,9 @@ class StoreConfig(Section):
 
     @field_validator("root")
     @classmethod
-    def _is_s3(cls, value: str) -> str:
-        if not value.startswith("s3://"):
-            raise ValueError(f"a store's root is s3://, s3://bucket or s3://bucket/prefix, not {value}")
+    def _is_object_storage(cls, value: str) -> str:
+        if not value.startswith(("s3://", "gs://")):
+            raise ValueError(f"a store's root is s3:// or gs://, with or without bucket or bucket/prefix, not {value}")
         return value
 
     @field_validator("endpoint")
@@ -44,4 +45,9 @@ class StoreConfig(Section):
             raise ValueError("key_id_variable and secret_variable belong together: give both or neither")
         if sum(map(bool, (self.anonymous, self.profile, self.key_id_variable))) > 1:
             raise ValueError("give one of anonymous, profile, and key_id_variable with secret_variable")
+        if self.root.startswith("gs://") and (self.region or self.profile or self.key_id_variable):
+            raise ValueError(
+                "region, profile, key_id_variable and secret_variable are S3's: gs:// takes the machine's service account, or "
+                "the file that GOOGLE_APPLICATION_CREDENTIALS names; leave them out"
+            )
         return self

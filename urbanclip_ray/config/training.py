@@ -1,10 +1,10 @@
-"""The model, its pretraining, and what the work may use."""
+"""The model and its pretraining."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
+from typing import Annotated, Literal, NamedTuple, Self, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from urbanclip_ray.config.section import Section, added_later, execution
 
@@ -158,30 +158,3 @@ class TrainConfig(Section):
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("train.offload_optimizer is a part of ZeRO: set train.zero_stage to 1 or above")
         return self
-
-
-class ResourcesConfig(Section):
-    """What the work may use. None of it changes a result's digest."""
-
-    # training ranks; [least, most]: as many as the cluster has, with a restart from the last checkpoint when that changes
-    num_workers: int | tuple[int, int] = execution(2)
-    cpus_per_worker: int = execution(1, ge=1)
-    use_gpu: bool = execution(False)
-    shared_filesystem: bool = execution(False)  # declares that every host has the same local paths (NFS, EFS)
-
-    @property
-    def min_workers(self) -> int:
-        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
-
-    @property
-    def max_workers(self) -> int:
-        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
-
-    @field_validator("num_workers", mode="plain")
-    @classmethod
-    def _one_or_two_counts(cls, value: Any) -> int | tuple[int, int]:
-        counts = value if isinstance(value, list | tuple) else [value]
-        are_counts = len(counts) in (1, 2) and all(type(count) is int and count >= 1 for count in counts)
-        if not are_counts or counts[0] > counts[-1]:
-            raise ValueError("a number of workers from 1 on, or [least, most]")
-        return int(counts[0]) if len(counts) == 1 else (int(counts[0]), int(counts[1]))

@@ -56,7 +56,7 @@ def ingest_tiles(source: Source, config: IngestConfig, publication: Publication)
     blocks = [records.slice(start, rows_per_file) for start in range(0, records.num_rows, rows_per_file)]
     dataflow.connect()
     check = partial(check_tiles, source=source, config=config)
-    rows = dataflow.map_tables(ray.data.from_arrow(blocks), check, batch_size=config.tiles_per_batch)
+    rows = dataflow.map_tables(ray.data.from_arrow(blocks), check, batch_size=config.tiles_per_batch, each=config)
     dataflow.write(rows, publication)
 
     written = publication.read(["tile_id", "region", "error"])

@@ -1,4 +1,4 @@
-"""GeoTIFFs (cloud-optimised ones too) on a local disk or on S3, read window by window.
+"""GeoTIFFs (cloud-optimised ones too) on a local disk or in object storage, read window by window.
 
 rasterio asks for ranges of bytes, and the filesystem of the run's `stores` brings them: the same endpoints, keys and retries
 as for everything else. GDAL's own S3 access would need them all again.
@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import pyarrow.fs as pafs
 
 from urbanclip_ray import storage
-from urbanclip_ray.filesystems import is_s3
+from urbanclip_ray.filesystems import is_object_storage
 from urbanclip_ray.sources.base import SourceError
 
 RASTER_EXTENSIONS = (".tif", ".tiff")
@@ -31,7 +31,8 @@ MAX_PAGES = 512  # 32 MiB of a process: headers of many scenes, and what neighbo
 
 @contextmanager
 def open_raster(uri: str) -> Iterator[Any]:
-    """A rasterio dataset; what it reads of headers on S3 is kept for the next one to open the same file in this process.
+    """A rasterio dataset; what it reads of headers in object storage is kept for the next one to open the same
+    file in this process.
 
     It must be closed in the thread that opened it: rasterio knows its openers by thread. Raises :class:`SourceError` for
     what is no GeoTIFF, FileNotFoundError, and OSError from storage.
@@ -51,7 +52,7 @@ def open_raster(uri: str) -> Iterator[Any]:
 
     with rasterio.Env(**GDAL_OPTIONS):
         try:
-            if is_s3(uri):
+            if is_object_storage(uri):
                 dataset = rasterio.open(uri, driver=DRIVER, opener=open_ranges)
             else:
                 dataset = rasterio.open(path, driver=DRIVER)

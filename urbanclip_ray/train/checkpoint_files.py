@@ -19,10 +19,9 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
-import pyarrow.fs as pafs
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
-from urbanclip_ray.storage import FileEntry, exists, join, open_file, resolve
+from urbanclip_ray.storage import FileEntry, exists, join, list_folders, open_file
 from urbanclip_ray.train.fragments import MOMENTS
 from urbanclip_ray.train.tensor_file import BUFFER_BYTES, DamagedError, first_error, open_tensors
 
@@ -105,11 +104,8 @@ def parse_folder(uri: str) -> tuple[int, str] | None:
 
 def list_checkpoints(root: str) -> list[str]:
     """URIs of folders of checkpoints, newest step first, committed or not."""
-    filesystem, path = resolve(root)
-    if not exists(root):
-        return []
-    names = [str(info.base_name) for info in filesystem.get_file_info(pafs.FileSelector(path))]
-    return [join(root, name) for name in sorted(names, reverse=True) if FOLDER.fullmatch(name)]
+    names = list_folders(root) if exists(root) else []
+    return [join(root, name) for name in reversed(names) if FOLDER.fullmatch(name)]
 
 
 def read_commit(uri: str) -> bytes | None:

@@ -15,7 +15,7 @@ from ray.train import LoggingConfig
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
 from urbanclip_ray import dataflow
-from urbanclip_ray.cluster import worker_resources
+from urbanclip_ray.cluster import scaling_config
 from urbanclip_ray.config import ConfigError, RunConfig
 from urbanclip_ray.model.architectures import open_clip_config
 from urbanclip_ray.model.pretrained import download_start, file_sha256, identify_start, start_file
@@ -119,11 +119,7 @@ def _run_workers(spec: TrainSpec, config: RunConfig, publication: Publication, c
         train_rank,
         worker_counts=counts,
         train_loop_config=spec,
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=counts[0] if len(counts) == 1 else (counts[0], counts[-1]),
-            use_gpu=resources.use_gpu,
-            resources_per_worker=worker_resources(resources),
-        ),
+        scaling_config=scaling_config(resources, counts[0] if len(counts) == 1 else (counts[0], counts[-1])),
         run_config=ray.train.RunConfig(
             name=publication.attempt,
             storage_path=path,
