@@ -28,13 +28,19 @@ State = Literal["finished", "stopped", "failed"]
 
 
 class Report(BaseModel):
-    """A trial judged once: training rows seen out of all of its run, its score, and the R² behind it by indicator."""
+    """A trial judged once: training rows seen out of all of its run, its score by `tune.metric`, and what is behind it.
+
+    `r2` is by indicator, `retrieval` the mean recall at 10 of validation images and texts where the metric asks for it. `seconds`
+    are those of wall time that its pretraining had taken, starts and scoring included.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     samples: int
     total_samples: int
     score: float
     r2: dict[str, float]
+    seconds: float
+    retrieval: float | None = None
 
 
 class TrialRecord(BaseModel):
@@ -51,12 +57,17 @@ class TrialRecord(BaseModel):
 
 
 class TrialResult(NamedTuple):
-    """How a trial ended; `weights` is its finished pretraining, None where it was stopped or failed."""
+    """How a trial ended; `uri` is where its pretraining and its record lie, finished or not."""
 
     trial: Trial
     record: TrialRecord
     state: State
-    weights: str | None
+    uri: str
+
+    @property
+    def weights(self) -> str | None:
+        """Its finished pretraining, None where it was stopped or failed."""
+        return self.uri if self.state == "finished" else None
 
 
 def read_record(uri: str) -> TrialRecord:
@@ -119,6 +130,8 @@ def _row(result: TrialResult) -> dict[str, Any]:
         "best_score": max(report.score for report in reports) if reports else None,
         "weights": result.weights,
         "error": result.record.failure,
+        "seconds": reports[-1].seconds if reports else None,
+        "record": result.uri,
     }
 
 

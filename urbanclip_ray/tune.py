@@ -8,6 +8,7 @@ again, whose decisions fall as before where trials run one at a time. Nothing th
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -178,7 +179,7 @@ def run_trial(job: TrialJob) -> None:
         ray.tune.report(report.model_dump())
     if record.failure is not None or find_dataset(job.uri) is not None:
         return
-    after_step = ReportScore(job, {report.samples for report in record.reports})
+    after_step = ReportScore(job, record.reports)
     try:
         with publish(job.uri, "pretrain", job.config.pretrain_content(), {"shards": job.shards}) as publication:
             pretrain(job.config, job.shards, publication, after_step, [TuneReportCallback()])
@@ -189,9 +190,11 @@ def run_trial(job: TrialJob) -> None:
 class ReportScore:
     """After every so many samples, and at the end, all ranks score the weights and report to Ray; rank 0 writes it down."""
 
-    def __init__(self, job: TrialJob, known_samples: set[int]) -> None:
+    def __init__(self, job: TrialJob, known: Sequence[Report]) -> None:
         self._job = job
-        self._known_samples = known_samples  # reported before the trial was interrupted
+        self._known_samples = {report.samples for report in known}  # reported before the trial was interrupted
+        self._seconds_before = known[-1].seconds if known else 0.0
+        self._start = time.time()
         self._score = ValidationScore(job.rows, job.shards, job.config)
 
     def __call__(self, engine: Any, taken: int, num_steps: int) -> None:
@@ -202,7 +205,8 @@ class ReportScore:
             return
         r2 = self._score(engine)
         score = min(r2.values()) if self._job.tune.metric == "min_r2" else sum(r2.values()) / len(r2)
-        report = Report(samples=samples, total_samples=num_steps * rows_per_step, score=score, r2=r2)
+        seconds = self._seconds_before + time.time() - self._start
+        report = Report(samples=samples, total_samples=num_steps * rows_per_step, score=score, r2=r2, seconds=seconds)
         if dist.get_rank() == 0:
             write_record(self._job.uri, read_record(self._job.uri).with_report(report))
             number = self._job.trial.number
@@ -215,10 +219,10 @@ def _collect(job: TrialJob, stopped: dict[int, int]) -> TrialResult | None:
     """How a trial ended, None where it did not."""
     record = read_record(job.uri)
     if record.failure is not None:
-        return TrialResult(job.trial, record, "failed", None)
+        return TrialResult(job.trial, record, "failed", job.uri)
     if job.trial.number in stopped:  # its ranks may have gone on for a moment: that is no part of this search
         reports = tuple(report for report in record.reports if report.samples <= stopped[job.trial.number])
-        return TrialResult(job.trial, TrialRecord(reports=reports), "stopped", None)
+        return TrialResult(job.trial, TrialRecord(reports=reports), "stopped", job.uri)
     if record.reports and find_dataset(job.uri) is not None:
         return TrialResult(job.trial, record, "finished", job.uri)
     return None

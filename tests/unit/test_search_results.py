@@ -27,15 +27,18 @@ TRIALS = plan_trials(load_recipe("demo_search"))
 
 
 def record(*scores: float, total: int = 3, failure: str | None = None) -> TrialRecord:
-    reports = [Report(samples=at, total_samples=total, score=score, r2={"gdp": score}) for at, score in enumerate(scores, 1)]
-    return TrialRecord(reports=tuple(reports), failure=failure)
+    reports = tuple(
+        Report(samples=at, total_samples=total, score=score, r2={"gdp": score}, seconds=10.0 * at)
+        for at, score in enumerate(scores, 1)
+    )
+    return TrialRecord(reports=reports, failure=failure)
 
 
 RESULTS = [
     TrialResult(TRIALS[0], record(0.1, 0.3, 0.4), "finished", "weights/0"),
     TrialResult(TRIALS[1], record(0.2, 0.9, 0.5), "finished", "weights/1"),  # better on its way than at its end
-    TrialResult(TRIALS[2], record(0.95), "stopped", None),
-    TrialResult(TRIALS[3], record(failure="the loss is nan [/rows]"), "failed", None),
+    TrialResult(TRIALS[2], record(0.95), "stopped", "trials/2"),
+    TrialResult(TRIALS[3], record(failure="the loss is nan [/rows]"), "failed", "trials/3"),
 ]
 
 
@@ -81,6 +84,9 @@ def test_every_trial_is_a_row_and_failures_are_counted(tmp_path):
     assert [row["samples"] for row in rows] == [3, 3, 1, 0]
     assert [row["score"] for row in rows] == [0.4, 0.5, 0.95, None]
     assert [row["best_score"] for row in rows] == [0.4, 0.9, 0.95, None]
+    assert [row["weights"] for row in rows] == ["weights/0", "weights/1", None, None]
+    assert [row["record"] for row in rows] == ["weights/0", "weights/1", "trials/2", "trials/3"]
+    assert [row["seconds"] for row in rows] == [30.0, 30.0, 10.0, None]
     assert rows[3]["error"] == "the loss is nan [/rows]"
     assert json.loads(rows[1]["values"]) == TRIALS[1].values
     manifest = dataset.manifest
