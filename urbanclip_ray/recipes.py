@@ -28,6 +28,7 @@ from urbanclip_ray.config import (
     UrbanClipSource,
     WorldSource,
 )
+from urbanclip_ray.recipe_files import is_recipe_file, read_recipe_file
 
 # For captions of language models, which speak of moods, of people and of what a place might be used for: see rules.yaml. A
 # sentence that 500 tiles share, a tenth of a city, tells none of them apart. People's captions need none of it, and the
@@ -309,10 +310,15 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 
 
 def load_recipe(name: str) -> RunConfig:
-    """The config of a recipe, or of one of its ablations as RECIPE/ARM; raises ConfigError naming those there are."""
+    """The config of a recipe, of one of its ablations as RECIPE/ARM, or of a file as FILE.yaml (see `recipe_files`).
+
+    Raises ConfigError naming those there are.
+    """
+    if is_recipe_file(name):
+        return read_recipe_file(name, load_recipe)
     base, slash, arm = name.partition("/")
     if base not in RECIPES:
-        raise ConfigError(f"--recipe {base!r} is not known; choose one of {', '.join(RECIPES)}")
+        raise ConfigError(f"--recipe {base!r} is not known; choose one of {', '.join(RECIPES)}, or name a FILE.yaml")
     config = RECIPES[base]()
     if not slash:
         return config
