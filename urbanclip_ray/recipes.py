@@ -59,7 +59,7 @@ def world_demo() -> RunConfig:
 
 
 def demo_search() -> RunConfig:
-    """Eight trials of the demo, of 4 epochs each: loss weights, learning rate, and the views of a tile that are embedded."""
+    """Twelve trials of the demo, of 4 epochs each: loss weights, learning rate, views of a tile; then its probe."""
     base = world_demo()
     space = {
         "train.lr": Domain(loguniform=(1e-4, 2e-3)),
@@ -74,7 +74,9 @@ def demo_search() -> RunConfig:
             "train": base.train.model_copy(update={"epochs": 4, "validations": 1}),
             "tune": TuneConfig(
                 space=space,
-                num_trials=8,
+                spaces=("probe",),
+                num_trials=12,
+                num_probes=6,
                 sampler="halton",
                 samples_per_report=2304,  # 18 steps of 53: three reports a trial
                 grace_samples=2304,

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 from ray.tune.search import Searcher
 
@@ -85,12 +86,15 @@ class OptunaPoints:
         self._folder = join(uri, PLAN_FOLDER)
         self._domains = tune.trial_domains
         # A third of the trials, at least two, are random ones to learn from; of Optuna's own ten nothing would be left here.
-        sampler = optuna.samplers.TPESampler(seed=tune.seed, n_startup_trials=max(2, tune.num_trials // 3))
+        # Its seed goes on with the plan: it would else draw those again that were planned before an interruption.
+        plan = _read_plan(self._folder)
+        seed = int(np.random.SeedSequence([tune.seed, len(plan)]).generate_state(1)[0])
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(2, tune.num_trials // 3))
         self._search = OptunaSearch(
             {key: _distribution(domain) for key, domain in self._domains.items()},
             metric="score",
             mode="max",
-            points_to_evaluate=_read_plan(self._folder),
+            points_to_evaluate=plan,
             sampler=sampler,
         )
 

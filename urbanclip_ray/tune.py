@@ -183,7 +183,7 @@ def run_trial(job: TrialJob) -> None:
         return
     for attempt in range(job.tune.max_retries + 1):
         try:
-            _train(job)
+            train_job(job, [TuneReportCallback()])
             return
         except Exception as error:  # whatever stops one trial, the others go on and the table says so
             reason = explain_error(error) or f"{type(error).__name__}: {error}".strip().splitlines()[0]
@@ -191,10 +191,11 @@ def run_trial(job: TrialJob) -> None:
     write_record(job.uri, read_record(job.uri).model_copy(update={"failure": reason}))
 
 
-def _train(job: TrialJob) -> None:
+def train_job(job: TrialJob, callbacks: Sequence[Any] = ()) -> None:
+    """The pretraining of a trial, from its newest checkpoint; `callbacks` are Ray Train's."""
     after_step = ReportScore(job.config, job.tune, job.rows, job.shards, job.uri, job.trial.number)
     with publish(job.uri, "pretrain", job.config.pretrain_content(), {"shards": job.shards}) as publication:
-        pretrain(job.config, job.shards, publication, after_step, [TuneReportCallback()])
+        pretrain(job.config, job.shards, publication, after_step, callbacks)
 
 
 def _collect(trial: Trial, job: TrialJob, stopped: dict[int, int], error: str | None, is_over: bool) -> TrialResult | None:
