@@ -112,12 +112,12 @@ def run_search(config: RunConfig, shards: Sequence[Dataset], labels: Dataset, pu
             f"{len(results) - len(ended)} of {len(results)} trials did not come to an end, as the search was interrupted: run "
             "the same command again, finished trials are kept"
         )
-    _refuse_all_failed(ended)
+    refuse_all_failed(ended)
     probes = search_probes(config, [(result, maker.job(result.trial).rows) for result in ended if result.weights])
     publish_results(config, ended, probes, publication)
 
 
-def _refuse_all_failed(results: Sequence[TrialResult]) -> None:
+def refuse_all_failed(results: Sequence[TrialResult]) -> None:
     """What stops every trial is seldom a matter of values: their records are cleared, so that the same command tries again."""
     if any(result.state != "failed" for result in results):
         return

@@ -17,11 +17,12 @@ from urbanclip_ray.config import ConfigError, RunConfig
 from urbanclip_ray.overrides import apply_overrides
 from urbanclip_ray.recipes import load_recipe
 from urbanclip_ray.schema import SHARDS, labels_schema
+from urbanclip_ray.search_results import TrialRecord, TrialResult, read_record, write_record
 from urbanclip_ray.search_scheduling import Budget, Halving, count_concurrent, make_scheduler
 from urbanclip_ray.search_space import plan_trials
 from urbanclip_ray.searchers import TrialSearcher
 from urbanclip_ray.storage import Dataset, open_dataset, publish
-from urbanclip_ray.tune import JobMaker, TrialJob
+from urbanclip_ray.tune import JobMaker, SearchError, TrialJob, refuse_all_failed, run_trial
 
 CONFIG = apply_overrides(
     load_recipe("tiny_test"),
@@ -241,3 +242,25 @@ def test_the_trials_share_the_rows_that_judge_them(shards, labels):
     assert all(np.array_equal(job.rows.row_ids, jobs[0].rows.row_ids) for job in jobs)
     assert jobs[0].config.pretrain_content() == CONFIG.pretrain_content()
     assert all(job.config.tune.space == {} for job in jobs)  # a trial searches nothing itself
+
+
+def test_a_finished_trial_that_never_reported_is_named_with_the_fix(shards, labels, tmp_path):
+    job = make_jobs(apply_overrides(CONFIG, [f"storage={tmp_path}"]), shards, labels)[1]
+    with publish(job.uri, "pretrain", {}, {}) as publication:
+        publication.write_file("weights", b"")
+    with pytest.raises(SearchError, match=rf"{job.uri} is finished, but its reports are gone: remove it"):
+        run_trial(job)
+
+
+def test_a_search_of_which_every_trial_failed_can_be_run_again(shards, labels, tmp_path):
+    config = apply_overrides(CONFIG, [f"storage={tmp_path}"])
+    jobs, failed = make_jobs(config, shards, labels), TrialRecord(failure="the disk is full")
+    for job in jobs:
+        write_record(job.uri, failed)
+    with pytest.raises(SearchError, match="every trial failed, the first one with: the disk is full; mend that"):
+        refuse_all_failed([TrialResult(job.trial, failed, "failed", job.uri) for job in jobs])
+    assert {read_record(job.uri).failure for job in jobs} == {None}
+    one_stopped = [
+        TrialResult(job.trial, failed, state, job.uri) for job, state in zip(jobs, ("failed", "stopped"), strict=False)
+    ]
+    refuse_all_failed(one_stopped)
