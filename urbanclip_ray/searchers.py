@@ -38,6 +38,7 @@ class TrialSearcher(Searcher):
         self._numbers: dict[str, int] = {}  # Tune's name of a trial -> its number
         self._source = OptunaPoints(config, uri) if config.tune.sampler == "tpe" and config.tune.trial_domains else None
         self._planned = plan_trials(config)
+        self.num_trials = config.tune.num_trials if self._source else len(self._planned)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """What Tune hands to the function of the next trial."""

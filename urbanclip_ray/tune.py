@@ -107,31 +107,31 @@ def run_search(config: RunConfig, shards: Sequence[Dataset], labels: Dataset, pu
     is_over = budget.samples_are_spent or budget.minutes_are_spent
     results = [_collect(trial, maker.job(trial), stopped, errors.get(trial.number), is_over) for trial in searcher.trials]
     ended = [result for result in results if result is not None]
-    if len(ended) < len(results) or not ended:
+    if not is_over and len(ended) < searcher.num_trials:
         raise SearchError(
-            f"{len(results) - len(ended)} of {len(results)} trials did not come to an end, as the search was interrupted: run "
-            "the same command again, finished trials are kept"
+            f"{searcher.num_trials - len(ended)} of {searcher.num_trials} trials did not come to an end, as the search was "
+            "interrupted: run the same command again, finished trials are kept"
         )
     refuse_all_failed(ended)
+    for result in ended:
+        if result.state == "failed":
+            write_record(result.uri, result.record)
     probes = search_probes(config, [(result, maker.job(result.trial).rows) for result in ended if result.weights])
     publish_results(config, ended, probes, publication)
 
 
 def refuse_all_failed(results: Sequence[TrialResult]) -> None:
-    """What stops every trial is seldom a matter of values: their records are cleared, so that the same command tries again."""
-    if any(result.state != "failed" for result in results):
-        return
-    for result in results:
-        write_record(result.uri, result.record.model_copy(update={"failure": None}))
-    raise SearchError(
-        f"every trial failed, the first one with: {results[0].record.failure}; mend that and run the same command again"
-    )
+    """What stops every trial is seldom a matter of values: nothing is written down, so that the same command tries again."""
+    if all(result.state == "failed" for result in results):
+        raise SearchError(
+            f"every trial failed, the first one with: {results[0].record.failure}; mend that and run the same command again"
+        )
 
 
 def _run_tune(
     maker: JobMaker, searcher: TrialSearcher, scheduler: Any, budget: Budget, publication: Publication
 ) -> dict[int, str]:
-    """Run Tune to its end; returns why trials failed that could not write it down themselves, by number."""
+    """Run Tune to its end; returns why trials failed, by number."""
     filesystem, path = resolve(publication.uri)
     delete_folder(join(publication.uri, EVENTS_FOLDER))  # of an interrupted search: every report is made again below
     config = maker.config
@@ -160,17 +160,17 @@ def _run_tune(
             storage_filesystem=filesystem,
             verbose=0,
             stop=budget,
-            failure_config=ray.tune.FailureConfig(max_failures=config.tune.max_retries),  # of a driver that dies
+            failure_config=ray.tune.FailureConfig(max_failures=config.tune.max_retries),
         ),
     )
-    failed = [result for result in tuner.fit() if result.error is not None]
-    return {result.config["trial"]["number"]: str(result.error).strip().splitlines()[-1] for result in failed}
+    failed = {result.config["trial"]["number"]: result.error for result in tuner.fit() if result.error is not None}
+    return {number: explain_error(error) or str(error).strip().splitlines()[-1] for number, error in failed.items()}
 
 
 def run_trial(job: TrialJob) -> None:
     """A trial's driver, inside Tune: tell it what is known, then train on, and stop where Tune says so.
 
-    What fails is tried again from its last checkpoint, `tune.max_retries` times; then the record says why.
+    Where it fails, Tune starts it again, `tune.max_retries` times, and it goes on from its last checkpoint.
     """
     record = read_record(job.uri)
     for report in record.reports:
@@ -181,14 +181,7 @@ def run_trial(job: TrialJob) -> None:
         if not record.reports:
             raise SearchError(f"{job.uri} is finished, but its reports are gone: remove it, and it is made again")
         return
-    for attempt in range(job.tune.max_retries + 1):
-        try:
-            train_job(job, [TuneReportCallback()])
-            return
-        except Exception as error:  # whatever stops one trial, the others go on and the table says so
-            reason = explain_error(error) or f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            print(f"trial {job.trial.number} failed, attempt {attempt + 1}: {reason}", flush=True)
-    write_record(job.uri, read_record(job.uri).model_copy(update={"failure": reason}))
+    train_job(job, [TuneReportCallback()])
 
 
 def train_job(job: TrialJob, callbacks: Sequence[Any] = ()) -> None:
