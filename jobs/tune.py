@@ -13,4 +13,4 @@ trial is a recipe file, which --recipe of every job takes.
 from urbanclip_ray.command_line import run_job
 
 if __name__ == "__main__":
-    run_job(__doc__, sections=["tune", "train", "embed", "resources"], stages=["search"])
+    run_job(__doc__, sections=["tune", "train", "embed", "probe", "resources"], stages=["search"])

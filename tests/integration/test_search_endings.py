@@ -101,3 +101,22 @@ def test_what_a_stopped_trial_held_is_free_within_ten_seconds(ended):
     print(f"free after {free_s - stopped_s:.1f} s")
     assert free_s - stopped_s < FREE_WITHIN_S
     assert ended.watch.notes[-1][1] == set()
+
+
+def test_a_search_by_optuna_and_retrieval_ends_with_the_samples_that_it_may_see(tmp_path, ray_cluster):
+    """160 samples of the first trial and 64 of the second are what it may: a third one is never started."""
+    pytest.importorskip("optuna")
+    options = city_options(write_city(tmp_path / "city"), tmp_path / "storage")
+    items = [item for flag, item in itertools.pairwise(options) if flag == "--set"]
+    settings = [
+        'tune.space={"train.lr": {"loguniform": [1e-4, 1e-2]}, "train.augment.flips": {"choice": [true, false]}}',
+        *("tune.sampler=tpe", "tune.metric=retrieval", "tune.scheduler=none", "tune.max_samples=224", "tune.num_trials=6"),
+        *("tune.samples_per_report=32", "train.epochs=6", f"storage={tmp_path / 'storage'}"),
+    ]
+    search = run_stages(apply_overrides(load_recipe("tiny_test"), [*items, *settings]), ["search"]).datasets["search"]
+    rows = search.read().sort_by("trial").to_pylist()
+    assert [(row["state"], row["samples"]) for row in rows] == [("finished", 160), ("stopped", 64)]
+    reports = [report for row in rows for report in read_record(row["record"]).reports]
+    assert all(report.score == report.retrieval and 0 < report.retrieval <= 1 for report in reports)
+    assert [report.seconds for report in reports[:5]] == sorted({report.seconds for report in reports[:5]})
+    assert len(list((Path(search.uri) / "plan").iterdir())) == 1
