@@ -51,7 +51,6 @@ def verify(config: RunConfig) -> dict[str, Any]:
         "device": device,
         "libraries": library_versions(),
         "config": config.model_dump(mode="json"),
-        "precision": config.train.precision,
         "stages": {name: _speed(run, name, made_s) for name, made_s in seconds.items()},
         "training": trained_on
         | {

@@ -19,6 +19,7 @@ from urbanclip_ray.storage import Dataset
 from urbanclip_ray.train.batches import BatchMaker, TrainStep, prefetch, train_steps
 from urbanclip_ray.train.engine import start_engine
 from urbanclip_ray.train.order import Order
+from urbanclip_ray.train.precision import settle_precision
 from urbanclip_ray.train.shards import ShardReader
 
 VOCAB_SIZE = 600
@@ -39,7 +40,8 @@ def process_group(num_threads: int) -> Iterator[None]:
 
 def make_engine(architecture: str, config: TrainConfig, patch_dropout: float = 0.0) -> Any:
     model_config = ModelConfig(architecture=architecture, vocab_size=VOCAB_SIZE, patch_dropout=patch_dropout)
-    return start_engine(build_model(open_clip_config(model_config, VOCAB_SIZE), seed=0), config)
+    settled = settle_precision(config, torch.device("cpu"))
+    return start_engine(build_model(open_clip_config(model_config, VOCAB_SIZE), seed=0), settled)
 
 
 def make_steps(shards: Dataset, engine: Any, config: TrainConfig) -> Iterator[TrainStep]:

@@ -91,7 +91,7 @@ class TrainConfig(Section):
     contrastive_weight: float = Field(default=1.0, ge=0)
     caption_weight: float = Field(default=1.0, ge=0)
     max_logit_scale: float = Field(default=100.0, gt=1)
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of matrix products; auto: bf16 where all devices have units for it
     freeze: tuple[ModelPart, ...] = added_later(())  # parts that are not trained
     # learning rates of single parts, as multiples of lr
     lr_scales: dict[ModelPart, Annotated[float, Field(gt=0)]] = added_later({})

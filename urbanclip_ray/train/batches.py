@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from urbanclip_ray.config import PixelsConfig, TrainConfig
@@ -47,33 +49,44 @@ def text_key(text: str) -> int:
 class BatchMaker:
     """Turns rows into micro-batches, augmented for training or plain for validation."""
 
-    def __init__(self, config: TrainConfig, pixels: PixelsConfig, tokenizer: TextTokenizer, image_px: int) -> None:
+    def __init__(
+        self, config: TrainConfig, pixels: PixelsConfig, tokenizer: TextTokenizer, image_px: int, num_threads: int = 1
+    ) -> None:
         self._config = config
         self._pixels = pixels
         self._tokenizer = tokenizer
         self._image_px = image_px
+        # a GPU takes thousands of tiles a second, one core decodes hundreds; decoding and resizing let go of Python's lock
+        self._threads = ThreadPoolExecutor(num_threads, "tiles") if num_threads > 1 else None
 
     def training(self, rows: list[dict[str, Any]], epochs: np.ndarray) -> TrainBatch:
         """Text and augmentation are functions of seed, epoch and row id."""
-        images, texts = [], []
-        for row, epoch in zip(rows, epochs, strict=True):
-            random = np.random.default_rng([self._config.seed, int(epoch), row["row_id"]])
-            shown = shown_texts(row["texts"], self._config.text_mode)
-            texts.append(shown[int(random.integers(len(shown)))])
-            image = crop_margins(decode(row["image"]), self._pixels)
-            images.append(augment(image, self._image_px, self._config.augment, random))
+        images, texts = zip(*self._map(self._training_pair, rows, epochs), strict=True)
         return self._batch(images, texts, rows)
+
+    def _training_pair(self, row: dict[str, Any], epoch: np.int64) -> tuple[np.ndarray, str]:
+        random = np.random.default_rng([self._config.seed, int(epoch), row["row_id"]])
+        shown = shown_texts(row["texts"], self._config.text_mode)
+        text = shown[int(random.integers(len(shown)))]
+        return augment(self._image(row), self._image_px, self._config.augment, random), text
 
     def validation(self, rows: list[dict[str, Any]]) -> TrainBatch:
         """The whole tile, and the first sentence or the paragraph."""
         texts = [shown_texts(row["texts"], self._config.text_mode)[0] for row in rows]
-        images = [to_square(crop_margins(decode(row["image"]), self._pixels), self._image_px) for row in rows]
+        images = list(self._map(lambda row: to_square(self._image(row), self._image_px), rows))
         return self._batch(images, texts, rows)
 
-    def _batch(self, images: list[np.ndarray], texts: list[str], rows: list[dict[str, Any]]) -> TrainBatch:
+    def _image(self, row: dict[str, Any]) -> Image.Image:
+        return crop_margins(decode(row["image"]), self._pixels)
+
+    def _map(self, function: Callable[..., T], *values: Iterable[Any]) -> Iterator[T]:
+        """What the function makes of every value, in their order."""
+        return map(function, *values) if self._threads is None else self._threads.map(function, *values)
+
+    def _batch(self, images: Sequence[np.ndarray], texts: Sequence[str], rows: list[dict[str, Any]]) -> TrainBatch:
         return TrainBatch(
             images=torch.from_numpy(np.stack(images)),
-            tokens=self._tokenizer.encode(texts),
+            tokens=self._tokenizer.encode(list(texts)),
             text_keys=torch.tensor([text_key(text) for text in texts]),
             row_ids=torch.tensor([row["row_id"] for row in rows]),
         )

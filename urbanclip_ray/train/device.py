@@ -11,10 +11,12 @@ import torch.distributed as dist
 DEVICE_FILE = "device.json"
 
 
-def describe_rank(device: torch.device) -> dict[str, Any]:
-    """This rank's device, the collectives' backend, and peak memory in bytes: of the process, and of torch on a GPU."""
+def describe_rank(device: torch.device, precision: str) -> dict[str, Any]:
+    """This rank's device, the precision and the collectives' backend, and peak memory in bytes: of the process, and of torch on
+    a GPU."""
     record: dict[str, Any] = {
         "device": device.type,
+        "precision": precision,
         "backend": dist.get_backend(),
         "num_ranks": dist.get_world_size(),
         "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB

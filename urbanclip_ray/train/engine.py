@@ -18,8 +18,11 @@ REDUCE_BUCKET_NUMEL = 50_000_000  # 200 MB of fp32 gradients; DeepSpeed's defaul
 def deepspeed_config(config: TrainConfig, num_ranks: int) -> dict[str, Any]:
     """DeepSpeed's dict, for every stage of ZeRO alike.
 
-    Parameters stay in fp32; bf16 comes from autocast, gradients are reduced in fp32.
+    Parameters stay in fp32; bf16 comes from autocast, gradients are reduced in fp32. The precision is a settled one
+    (`train.precision.settle_precision`), else ValueError.
     """
+    if config.precision == "auto":
+        raise ValueError("the ranks have not settled the precision that train.precision=auto stands for")
     cut = config.cut_step(num_ranks)
     return {
         "train_micro_batch_size_per_gpu": cut.rows_per_forward,

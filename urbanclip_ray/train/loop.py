@@ -31,6 +31,7 @@ from urbanclip_ray.train.fragments import whole_weights
 from urbanclip_ray.train.guards import TrainError, stop_if_not_finite, stop_if_ranks_differ
 from urbanclip_ray.train.memory import describe_memory, plan_memory
 from urbanclip_ray.train.order import Order
+from urbanclip_ray.train.precision import settle_precision
 from urbanclip_ray.train.progress import Progress
 from urbanclip_ray.train.shards import ShardReader, count_steps
 from urbanclip_ray.train.speed import Speedometer
@@ -71,6 +72,7 @@ class Rank(NamedTuple):
 
 def train_rank(spec: TrainSpec) -> None:
     """Train on this rank from the newest checkpoint, or from the start; rank 0 writes the weights at the end."""
+    spec = with_settled_precision(spec)
     config = spec.config.train
     rank = start_rank(spec)
     num_steps, first_step = rank.order.num_steps, rank.order.first_step
@@ -109,6 +111,13 @@ def train_rank(spec: TrainSpec) -> None:
     dist.barrier()
 
 
+def with_settled_precision(spec: TrainSpec) -> TrainSpec:
+    """Called by all ranks; the precision is one that all of their devices compute in."""
+    config = spec.config
+    train = settle_precision(config.train, torch.device("cuda" if config.resources.use_gpu else "cpu"))
+    return spec._replace(config=config.model_copy(update={"train": train}))
+
+
 def start_rank(spec: TrainSpec) -> Rank:
     """The model with the weights it starts from, its engine, and the order of the rows that are still to come."""
     config, index, num_ranks = spec.config.train, dist.get_rank(), dist.get_world_size()
@@ -126,14 +135,14 @@ def start_rank(spec: TrainSpec) -> Rank:
     if index == 0:
         num_parameters = sum(value.numel() for value in model.parameters())
         memory = plan_memory(num_parameters, model.embedding_width, model.image_px, config, num_ranks)
-        print(f"{counted(num_ranks, 'worker')}: each will hold {describe_memory(memory)}", flush=True)
+        print(f"{counted(num_ranks, 'worker')} in {config.precision}: each will hold {describe_memory(memory)}", flush=True)
     checkpoint = find_checkpoint(spec.checkpoints_uri)
     engine, average = start_training(model, spec, checkpoint)
     progress = Progress.from_json(checkpoint.progress) if checkpoint else None
     order = Order(reader.rows_per_file, config, num_ranks, progress)
     if checkpoint is not None and index == 0:
         print(f"going on from {checkpoint.uri}, after {order.first_step} of {order.num_steps} steps", flush=True)
-    maker = BatchMaker(config, spec.config.pixels, tokenizer, model.image_px)
+    maker = BatchMaker(config, spec.config.pixels, tokenizer, model.image_px, spec.config.resources.cpus_per_worker)
     history = checkpoint.history if checkpoint else None
     return Rank(engine, average, shards, reader, val_reader, order, maker, tokenizer, history)
 
@@ -164,7 +173,7 @@ def write_results(spec: TrainSpec, rank: Rank, curves: Curves) -> None:
         files = weight_files(rank.engine.module, rank.tokenizer, averages) if dist.get_rank() == 0 else {}
     if dist.get_rank() == 0:
         files["history.json"] = json.dumps(curves.history).encode()
-        files[DEVICE_FILE] = json.dumps(describe_rank(rank.engine.device)).encode()
+        files[DEVICE_FILE] = json.dumps(describe_rank(rank.engine.device, spec.config.train.precision)).encode()
     for name, data in files.items():
         write_bytes(join(spec.results_uri, name), data)
 

@@ -126,6 +126,18 @@ def test_text_and_pixels_are_a_function_of_seed_epoch_and_row(packed):
     assert not torch.equal(whole.images, other_seed.images)
 
 
+def test_any_number_of_threads_makes_the_same_batches(packed):
+    rows = list(ShardReader(packed, "train", window=4).rows(np.arange(8)))
+    alone, together = (
+        BatchMaker(CONFIG, PixelsConfig(), TOKENIZER, IMAGE_PX, num_threads) for num_threads in (1, 3)
+    )
+    for made, expected in (
+        (together.training(rows, np.arange(8)), alone.training(rows, np.arange(8))),
+        (together.validation(rows), alone.validation(rows)),
+    ):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(made, expected, strict=True))
+
+
 def test_every_sentence_comes_up_over_the_epochs():
     keys = {int(maker().training(ROWS[:1], np.array([epoch])).text_keys[0]) for epoch in range(40)}
     assert keys == {text_key(text) for text in ROWS[0]["texts"]}

@@ -14,7 +14,13 @@ from urbanclip_ray.model.parts import freeze_parts, part_of
 from urbanclip_ray.train.engine import deepspeed_config, learning_rate, make_optimizer, set_learning_rate
 
 CONFIG = TrainConfig(
-    micro_batch_size=8, contrastive_batch_size=16, global_batch_size=64, lr=2e-3, warmup_share=0.1, clip_norm=0.5
+    precision="bf16",
+    micro_batch_size=8,
+    contrastive_batch_size=16,
+    global_batch_size=64,
+    lr=2e-3,
+    warmup_share=0.1,
+    clip_norm=0.5,
 )
 
 

@@ -16,6 +16,7 @@ from urbanclip_ray.evaluate.trained.objective import Objective
 from urbanclip_ray.evaluate.trained.tiles import TrainingTiles
 from urbanclip_ray.model.preprocess import normalise
 from urbanclip_ray.train.engine import learning_rate, make_optimizer, set_learning_rate
+from urbanclip_ray.train.precision import settle_precision
 
 NUM_REPORTS = 10  # of progress, over a training
 
@@ -49,6 +50,7 @@ def train_encoder(
     finite.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = settle_precision(config, device)
     module = objective.module.to(device).train()
     optimizer = make_optimizer(module, config)
     size = min(config.global_batch_size, len(tiles))
