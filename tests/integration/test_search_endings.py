@@ -39,12 +39,13 @@ class Watch(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
+        self.address = ray.get_runtime_context().gcs_address  # of this Ray: others may run here
         self.notes: list[tuple[float, set[str], float]] = []  # wall time, groups with resources, free CPUs
         self.is_over = threading.Event()
 
     def run(self) -> None:
         while not self.is_over.wait(POLL_S):
-            groups = list_placement_groups(filters=[("state", "=", "CREATED")], timeout=60)
+            groups = list_placement_groups(self.address, filters=[("state", "=", "CREATED")], timeout=60)
             held = {group.placement_group_id for group in groups}
             self.notes.append((time.time(), held, ray.available_resources().get("CPU", 0)))
 
