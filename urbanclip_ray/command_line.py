@@ -280,7 +280,9 @@ def build_parser(description: str, sections: Sequence[str], looks: Sequence[Look
 
 
 def _add_config_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", required=True, metavar="NAME", help="a complete run to start from, see below")
+    parser.add_argument(
+        "--recipe", required=True, metavar="NAME", help="a run to start from: one of those below, or a FILE.yaml"
+    )
     parser.add_argument("--storage", metavar="URI", help="where datasets go: a local path or s3://bucket/prefix")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one key; repeatable")
 

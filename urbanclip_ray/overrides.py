@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import yaml
@@ -26,12 +27,20 @@ def apply_overrides(config: RunConfig, overrides: list[str]) -> RunConfig:
     Values are read as JSON where they are JSON (numbers, true, null, lists), `[a, b]` and `{name: value}` as YAML, else text:
     `stores=[{root: s3://public, anonymous: true}]` is a list of one store.
     """
-    tree = config.model_dump()
+    values = []
     for item in overrides:
         key, separator, text = item.partition("=")
         if not separator or not key:
             raise ConfigError(f"--set {item!r}: write it as key=value, for example train.lr=1e-4")
-        _assign(tree, key.strip().split("."), _parse_value(key, text), key)
+        values.append((key, _parse_value(key, text)))
+    return assign_values(config, values)
+
+
+def assign_values(config: RunConfig, values: Iterable[tuple[str, Any]]) -> RunConfig:
+    """A new config with these values of dotted keys, in order; raises :class:`ConfigError` as above."""
+    tree = config.model_dump()
+    for key, value in values:
+        _assign(tree, key.strip().split("."), value, key)
     return build_config(tree)
 
 

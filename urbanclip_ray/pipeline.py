@@ -20,7 +20,7 @@ from urbanclip_ray.plan import is_asked_for, walk
 from urbanclip_ray.preflight import refuse_unfit_run
 from urbanclip_ray.representations import stages_of
 from urbanclip_ray.search_results import show_search
-from urbanclip_ray.search_stage import SEARCH, check_search
+from urbanclip_ray.search_stage import SEARCH_NAME, check_search, winner_of
 from urbanclip_ray.sources.label_files import fingerprint_labels
 from urbanclip_ray.stages import Run, Stage
 from urbanclip_ray.storage import (
@@ -45,11 +45,11 @@ def run_stages(config: RunConfig, only: Sequence[str] | None) -> Run:
 
     Stages before the named ones must be complete: MissingDatasetError names the job to run first. What cannot end well
     is refused before any work, see `preflight`. A "search" is no stage of the walk: it makes what it needs, up to the
-    shards, and then its trials.
+    shards, then its trials, and then the probe of the best of them on test tiles.
     """
     console = open_console()
     run = Run(config)
-    searches = only is not None and SEARCH.name in only
+    searches = only is not None and SEARCH_NAME in only
     if searches:
         check_search(run)
     for uri in run.places:
@@ -70,8 +70,25 @@ def run_stages(config: RunConfig, only: Sequence[str] | None) -> Run:
     if only is None or "report" in only:
         _show_results(run, console)
     if searches:
-        show_search(run.datasets["search"], console)
+        show_search(run.datasets[SEARCH_NAME], console)
+        _judge_winner(run.datasets[SEARCH_NAME], console)
     return run
+
+
+def _judge_winner(search: Dataset, console: Console) -> None:
+    """Print what the best trial's weights score on test tiles, of which a search has none: this is the one look at them."""
+    config = winner_of(search)
+    if config is None:
+        return
+    probe = run_stages(config, ["embed", "probe"]).datasets["probe"]
+    console.print("the winner on test tiles:")
+    console.print(_score_table(probe))
+
+
+def _score_table(probe: Dataset) -> Table:
+    from urbanclip_ray.evaluate.scores import score_table
+
+    return score_table(json.loads(read_bytes(probe.file_uri("scores.json"))))
 
 
 def find_parents(config: RunConfig, name: str, and_itself: bool = False) -> Run:
@@ -145,9 +162,7 @@ def _show_results(run: Run, console: Console) -> None:
     if "probe" not in run.datasets:
         console.print("no report: the source has no indicators to probe (a folder takes them from source.metadata)")
         return
-    from urbanclip_ray.evaluate.scores import score_table
-
-    console.print(score_table(json.loads(read_bytes(run.datasets["probe"].file_uri("scores.json")))))
+    console.print(_score_table(run.datasets["probe"]))
     console.print(f"report: {_shown(_report(run, run.datasets))}", highlight=False, soft_wrap=True)
 
 

@@ -10,8 +10,8 @@ from rich.text import Text
 
 from urbanclip_ray.config import ConfigError, ModelConfig, RunConfig
 from urbanclip_ray.representations import stages_of
-from urbanclip_ray.search_stage import SEARCH, SEARCH_STAGES
-from urbanclip_ray.stages import Run, Stage, adapt
+from urbanclip_ray.search_stage import SEARCH_NAME, search_stages
+from urbanclip_ray.stages import Run, Stage
 from urbanclip_ray.storage import Dataset, dataset_uri, find_dataset, join
 from urbanclip_ray.terminal import counted, open_console
 
@@ -53,8 +53,8 @@ def walk(config: RunConfig, only: Sequence[str] | None) -> tuple[Stage, ...]:
 
     Raises ConfigError where the run has none of them.
     """
-    if only is not None and SEARCH.name in only:
-        return tuple(adapt(stage, config) for stage in SEARCH_STAGES)
+    if only is not None and SEARCH_NAME in only:
+        return search_stages(config)
     stages = stages_of(config)
     if only is None or "report" in only:
         return stages
@@ -68,7 +68,7 @@ def walk(config: RunConfig, only: Sequence[str] | None) -> tuple[Stage, ...]:
 
 def is_asked_for(stage: Stage, only: Sequence[str] | None) -> bool:
     """Whether a job makes this stage where it is missing: `only` names stages or their jobs; a search makes what it needs."""
-    return only is None or stage.name in only or stage.job in only or SEARCH.name in only
+    return only is None or stage.name in only or stage.job in only or SEARCH_NAME in only
 
 
 def show_plan(config: RunConfig, only: Sequence[str] | None) -> None:
@@ -82,7 +82,7 @@ def show_plan(config: RunConfig, only: Sequence[str] | None) -> None:
         place = Text(item.uri + ("/…" if item.after else ""))  # no markup
         table.add_row(item.stage.name, _state(item), _rows(run, item), place)
     console.print(table)
-    if any(item.stage.name in ("pretrain", SEARCH.name) for item in planned):
+    if any(item.stage.name in ("pretrain", SEARCH_NAME) for item in planned):
         console.print(_facts_table("pretraining", pretraining_facts(run)))
 
 

@@ -28,6 +28,7 @@ from urbanclip_ray.config import (
     UrbanClipSource,
     WorldSource,
 )
+from urbanclip_ray.recipe_files import is_recipe_file, read_recipe_file
 
 # For captions of language models, which speak of moods, of people and of what a place might be used for: see rules.yaml. A
 # sentence that 500 tiles share, a tenth of a city, tells none of them apart. People's captions need none of it, and the
@@ -58,7 +59,7 @@ def world_demo() -> RunConfig:
 
 
 def demo_search() -> RunConfig:
-    """Eight trials of the demo, of 4 epochs each: loss weights, learning rate, and the views of a tile that are embedded."""
+    """Twelve trials of the demo, of 4 epochs each: loss weights, learning rate, views of a tile; then its probe."""
     base = world_demo()
     space = {
         "train.lr": Domain(loguniform=(1e-4, 2e-3)),
@@ -73,7 +74,9 @@ def demo_search() -> RunConfig:
             "train": base.train.model_copy(update={"epochs": 4, "validations": 1}),
             "tune": TuneConfig(
                 space=space,
-                num_trials=8,
+                spaces=("probe",),
+                num_trials=12,
+                num_probes=6,
                 sampler="halton",
                 samples_per_report=2304,  # 18 steps of 53: three reports a trial
                 grace_samples=2304,
@@ -309,10 +312,15 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 
 
 def load_recipe(name: str) -> RunConfig:
-    """The config of a recipe, or of one of its ablations as RECIPE/ARM; raises ConfigError naming those there are."""
+    """The config of a recipe, of one of its ablations as RECIPE/ARM, or of a file as FILE.yaml (see `recipe_files`).
+
+    Raises ConfigError naming those there are.
+    """
+    if is_recipe_file(name):
+        return read_recipe_file(name, load_recipe)
     base, slash, arm = name.partition("/")
     if base not in RECIPES:
-        raise ConfigError(f"--recipe {base!r} is not known; choose one of {', '.join(RECIPES)}")
+        raise ConfigError(f"--recipe {base!r} is not known; choose one of {', '.join(RECIPES)}, or name a FILE.yaml")
     config = RECIPES[base]()
     if not slash:
         return config

@@ -129,6 +129,8 @@ TRIALS = pa.schema(
         pa.field("best_score", pa.float64()),  # the highest of all its reports
         pa.field("weights", pa.string()),  # URI of its pretraining; null unless finished
         pa.field("error", pa.string()),  # why it failed
+        pa.field("seconds", pa.float64()),  # of wall time that its pretraining had taken at its last report
+        pa.field("record", pa.string(), nullable=False),  # URI of the folder with its reports.json, however it ended
     ]
 )
 

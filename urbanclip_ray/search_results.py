@@ -1,4 +1,4 @@
-"""What a search has found: the record of every trial, their table, and the best of them as a list for `--set`."""
+"""What a search has found: the record of every trial, their table, and the best of them as `--set` items and a recipe file."""
 
 from __future__ import annotations
 
@@ -13,28 +13,38 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from urbanclip_ray.config import RunConfig, TuneConfig
+from urbanclip_ray.config.search import Metric
+from urbanclip_ray.overrides import apply_overrides
+from urbanclip_ray.recipe_files import recipe_text
 from urbanclip_ray.schema import TRIALS
 from urbanclip_ray.search_space import Trial
 from urbanclip_ray.storage import Dataset, Publication, StorageError, join, read_bytes, write_bytes
 
-RECORD_FILE, BEST_FILE = "reports.json", "best.json"
+RECORD_FILE, VECTORS_FILE = "reports.json", "judged_vectors.npy"  # of a trial
+BEST_FILE, PROBES_FILE, WINNER_FILE = "best.json", "probes.json", "winner.yaml"  # of a search
 CAUTION = (
-    "These R² are of the validation tiles that chose the trial and its ridge penalty, so they are optimistic, the best one "
-    "most of all: never quote them as a result. Run the pipeline with the chosen values and quote its score on test tiles, "
-    "which no search looks at."
+    "These scores are of the validation tiles that chose the trial and its probe, so they are optimistic, the best one most of "
+    "all: never quote them as a result. Quote the winner's score on test tiles, which no trial looks at."
 )
 
 State = Literal["finished", "stopped", "failed"]
 
 
 class Report(BaseModel):
-    """A trial judged once: training rows seen out of all of its run, its score, and the R² behind it by indicator."""
+    """A trial judged once: training rows seen out of all of its run, its score by `tune.metric`, and what is behind it.
+
+    `r2` is by indicator, `retrieval` the mean recall at 10 of validation images and texts where the metric asks for it.
+    `seconds` are those of wall time that its pretraining had taken, starts and scoring included.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     samples: int
     total_samples: int
     score: float
     r2: dict[str, float]
+    seconds: float
+    retrieval: float | None = None
 
 
 class TrialRecord(BaseModel):
@@ -51,12 +61,33 @@ class TrialRecord(BaseModel):
 
 
 class TrialResult(NamedTuple):
-    """How a trial ended; `weights` is its finished pretraining, None where it was stopped or failed."""
+    """How a trial ended; `uri` is where its pretraining and its record lie, finished or not."""
 
     trial: Trial
     record: TrialRecord
     state: State
-    weights: str | None
+    uri: str
+
+    @property
+    def weights(self) -> str | None:
+        """Its finished pretraining, None where it was stopped or failed."""
+        return self.uri if self.state == "finished" else None
+
+
+class ProbeResult(NamedTuple):
+    """A setting of the MLP probe on the embeddings of one trial: its values, the `--set` items to them, its validation R²."""
+
+    trial: int
+    values: dict[str, Any]
+    set: tuple[str, ...]
+    score: float
+    r2: dict[str, float]
+    seconds: float
+
+
+def reduce_r2(r2: dict[str, float], metric: Metric) -> float:
+    """One figure of the R² of all indicators."""
+    return min(r2.values()) if metric == "min_r2" else sum(r2.values()) / len(r2)
 
 
 def read_record(uri: str) -> TrialRecord:
@@ -83,12 +114,18 @@ def best_trial(results: Sequence[TrialResult]) -> TrialResult | None:
     return max(finished, key=lambda result: result.record.reports[-1].score, default=None)
 
 
-def publish_results(results: Sequence[TrialResult], publication: Publication) -> None:
-    """Write the table of trials and, as `best.json`, the best one beside the score of the config as it stands."""
+def best_probe(probes: Sequence[ProbeResult], trial: int) -> ProbeResult | None:
+    """The setting with the highest score on a trial, the first among equals; None where none was tried."""
+    return max((probe for probe in probes if probe.trial == trial), key=lambda probe: probe.score, default=None)
+
+
+def publish_results(
+    config: RunConfig, results: Sequence[TrialResult], probes: Sequence[ProbeResult], publication: Publication
+) -> None:
+    """Write the table of trials, the probe settings that were tried, and the best of all, as JSON and as a recipe file."""
     publication.write_table(pa.Table.from_pylist([_row(result) for result in results], schema=TRIALS))
-    best = best_trial(results)
-    base = results[0]
-    summary: dict[str, Any] = {"caution": CAUTION, "best": None, "base_score": None}
+    base, best = results[0], best_trial(results)
+    summary: dict[str, Any] = {"caution": CAUTION, "best": None, "base_score": None, "probe": None}
     if base.state == "finished":
         summary["base_score"] = base.record.reports[-1].score
     if best is not None:
@@ -100,10 +137,28 @@ def publish_results(results: Sequence[TrialResult], publication: Publication) ->
             "r2": last.r2,
             "weights": best.weights,
         }
+        probe = best_probe(probes, best.trial.number)
+        if probe is not None:
+            as_it_is = next(other.score for other in probes if other.trial == probe.trial)
+            summary["probe"] = {"set": list(probe.set), "score": probe.score, "base_score": as_it_is}
+        publication.write_file(WINNER_FILE, winner_text(config, best, probe, publication.uri).encode())
     publication.write_file(BEST_FILE, json.dumps(summary, indent=1, allow_nan=False).encode())
+    tried = [probe._asdict() for probe in probes]
+    publication.write_file(PROBES_FILE, json.dumps(tried, indent=1, allow_nan=False).encode())
     failed = sum(result.state == "failed" for result in results)
     publication.count(
         unit="trials", rows_in=len(results), rows_out=len(results) - failed, rejects={"failed": failed} if failed else {}
+    )
+
+
+def winner_text(config: RunConfig, best: TrialResult, probe: ProbeResult | None, uri: str) -> str:
+    """The recipe file of the best trial, with the best probe setting where some were tried."""
+    overrides = [*best.trial.overrides, *(probe.set if probe else ())]
+    winner = apply_overrides(config, overrides).model_copy(update={"tune": TuneConfig()})
+    return recipe_text(
+        winner,
+        f"Trial {best.trial.number} of the search {uri}, which validation tiles chose.",
+        f"With --set embed.weights={best.weights} it is not pretrained again.",
     )
 
 
@@ -119,6 +174,8 @@ def _row(result: TrialResult) -> dict[str, Any]:
         "best_score": max(report.score for report in reports) if reports else None,
         "weights": result.weights,
         "error": result.record.failure,
+        "seconds": reports[-1].seconds if reports else None,
+        "record": result.uri,
     }
 
 
@@ -127,29 +184,37 @@ def show_search(search: Dataset, console: Console) -> None:
     rows = search.read().sort_by("trial").to_pylist()
     summary = json.loads(read_bytes(search.file_uri(BEST_FILE)))
     keys = list(json.loads(rows[0]["values"]))
-    table = Table(
-        title=f"trials, judged by {search.manifest.config['tune']['metric']} on validation tiles", title_justify="left"
-    )
-    for name in ("trial", *keys, "R² at its end", "best R²", "samples", ""):
+    title = f"trials, judged by {search.manifest.config['tune']['metric']} on validation tiles"
+    table = Table(title=title, title_justify="left")
+    for name in ("trial", *keys, f"{_shown_metric(search)} at its end", "the best", "samples", "minutes", ""):
         table.add_column(name, justify="left" if name == "" else "right", overflow="fold")
     for row in rows:
         values = json.loads(row["values"])
         seen = f"{row['samples']:,} of {row['total_samples']:,}" if row["total_samples"] else "0"
-        scores = [_shown(row[name]) for name in ("score", "best_score")]
-        table.add_row(_name(row["trial"]), *(escape(str(values[key])) for key in keys), *scores, seen, escape(_ending(row)))
+        minutes = "-" if row["seconds"] is None else f"{row['seconds'] / 60:.1f}"
+        cells = [*(escape(str(values[key])) for key in keys), *(_shown(row[name]) for name in ("score", "best_score"))]
+        table.add_row(_name(row["trial"]), *cells, seen, minutes, escape(_ending(row)))
     console.print(table)
     best = summary["best"]
     if best is None:
-        console.print("no trial came to its end: look at what they say above, and narrow tune.space")
+        console.print("no trial came to its end: look at what they say above, and narrow tune.space or give it more time")
         return
+    what = _shown_metric(search)
     console.print(
-        f"best: {_name(best['trial'])}, R² {_shown(best['score'])}; the recipe as it is: {_shown(summary['base_score'])}"
+        f"best: {_name(best['trial'])}, {what} {_shown(best['score'])}; the recipe as it is: {_shown(summary['base_score'])}"
     )
-    options = shlex.join(part for item in best["set"] for part in ("--set", item))
+    probe = summary["probe"]
+    if probe is not None:
+        console.print(f"best MLP probe on it: R² {_shown(probe['score'])}; as the recipe has it: {_shown(probe['base_score'])}")
+    options = shlex.join(part for item in (*best["set"], *(probe or {"set": []})["set"]) for part in ("--set", item))
     found = f"for jobs/pipeline.py, add: {options}" if options else "no trial did better than the recipe as it is"
-    console.print(found, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"weights of that trial: {best['weights']}", highlight=False, markup=False, soft_wrap=True)
+    for line in (found, f"the same as a recipe: --recipe {search.file_uri(WINNER_FILE)}", f"its weights: {best['weights']}"):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(summary["caution"])
+
+
+def _shown_metric(search: Dataset) -> str:
+    return "R@10" if search.manifest.config["tune"]["metric"] == "retrieval" else "R²"
 
 
 def _name(number: int) -> str:

@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parent))  # ranks must be importable in the s
 from ranks import run_ranks
 
 from urbanclip_ray.config import EmbedConfig, ModelConfig, PixelsConfig, ResourcesConfig, RunConfig, TrainConfig
-from urbanclip_ray.evaluate.validation_score import ProbeRows, ValidationScore, score_vectors
+from urbanclip_ray.evaluate.validation_score import ProbeRows, RowVectors, score_vectors
 from urbanclip_ray.imagery import decode, to_square
 from urbanclip_ray.model.architectures import open_clip_config
 from urbanclip_ray.model.coca import CoCa, build_model
@@ -61,8 +61,8 @@ def score_in_rank(shards: Dataset, rows: ProbeRows) -> dict[str, object]:
     engine.module.register_forward_hook(lambda *_: forwards.append(1))
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    score = ValidationScore(rows, shards, CONFIG)
-    first, second = score(engine), score(engine)
+    embed = RowVectors(rows, shards, CONFIG)
+    first, second = (score_vectors(embed(engine), rows, CONFIG.probe.ridge_alphas) for _ in range(2))
     return {
         "r2": first,
         "again": second,

@@ -17,7 +17,8 @@ import ray
 import safetensors.torch
 from small_run import ROOT, city_options, run_job, write_city
 
-from urbanclip_ray.model.weights import WEIGHTS_FILE
+from urbanclip_ray.config import TuneConfig
+from urbanclip_ray.model.weights import WEIGHTS_FILE, load_model
 from urbanclip_ray.overrides import apply_overrides
 from urbanclip_ray.pipeline import run_stages
 from urbanclip_ray.places import weights_folder
@@ -26,7 +27,7 @@ from urbanclip_ray.search_results import read_record
 from urbanclip_ray.search_space import plan_trials
 from urbanclip_ray.stages import Run
 from urbanclip_ray.storage import Dataset, open_dataset
-from urbanclip_ray.tune import make_jobs
+from urbanclip_ray.tune import JobMaker
 
 pytestmark = pytest.mark.slow
 
@@ -34,8 +35,17 @@ FIRST_TRIAL_LIMIT_S = 240
 # A penalty that lets the probe learn nothing is sure to be stopped at the first rung; the others differ hardly from the base.
 BAD, GOOD = [1e12], [0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5]
 SETTINGS = [
-    "tune.space=" + json.dumps({"train.lr": {"uniform": [9e-4, 1.1e-3]}, "probe.ridge_alphas": {"choice": [BAD, GOOD]}}),
+    "tune.space="
+    + json.dumps(
+        {
+            "train.lr": {"uniform": [9e-4, 1.1e-3]},
+            "probe.ridge_alphas": {"choice": [BAD, GOOD]},
+            "refine.min_words": {"choice": [3, 4]},
+            "probe.mlp_hidden": {"choice": [4, 64]},
+        }
+    ),
     "tune.num_trials=3",
+    "tune.num_probes=3",
     "tune.seed=0",
     "tune.samples_per_report=32",
     "tune.grace_samples=32",
@@ -128,12 +138,18 @@ def test_reports_come_every_so_many_samples_and_at_the_end(search):
 
 def test_no_test_tile_takes_part(search):
     run = Run(config_of(search))
-    made = {name: only(search.run / name) for name in ("splits", "shards", "labels")}
+    made = {name: only(search.run / name) for name in ("splits", "shards", "shards_1", "labels")}
     splits = made["splits"].read().to_pylist()
     part = {row["tile_id"]: row["part"] for row in splits if (row["split"], row["seed"]) == ("blocks", 0)}
-    tiles = {row["row_id"]: row["tile_id"] for row in made["shards"].read(["row_id", "tile_id"]).to_pylist()}
-    for job in make_jobs(run.config, made["shards"], made["labels"]):
-        judged = [tiles[row] for row in job.rows.row_ids.tolist()]
+    tiles = {
+        (dataset.uri, row["row_id"]): row["tile_id"]
+        for dataset in (made["shards"], made["shards_1"])
+        for row in dataset.read(["row_id", "tile_id"]).to_pylist()
+    }
+    maker = JobMaker(run.config, [made["shards"], made["shards_1"]], made["labels"])
+    assert not {name for name, own in part.items() if own == "test"} & set(tiles.values())
+    for job in map(maker.job, plan_trials(run.config)):
+        judged = [tiles[job.shards.uri, row] for row in job.rows.row_ids.tolist()]
         assert {part[tile] for tile in judged[: job.rows.num_train]} == {"train"}
         assert {part[tile] for tile in judged[job.rows.num_train :]} == {"val"}
 
@@ -146,6 +162,21 @@ def only(stage: Path) -> Dataset:
 def test_the_table_and_the_best_are_printed_with_what_they_must_not_be_used_for(search):
     for word in ("stopped early", "finished", "0 (as it is)", "probe.ridge_alphas", "best: ", "never quote them as a result"):
         assert word in " ".join(search.output.split())
+
+
+def test_the_winner_is_judged_on_test_tiles_by_its_own_weights_and_that_is_printed_once(search):
+    assert search.output.count("the winner on test tiles:") == 1
+    config = load_recipe(search.dataset.file_uri("winner.yaml"))
+    best = json.loads(Path(search.dataset.file_uri("best.json")).read_text())
+    probes = json.loads(Path(search.dataset.file_uri("probes.json")).read_text())
+    finished = [row["trial"] for row in search.rows() if row["state"] == "finished"]
+    assert [probe["trial"] for probe in probes] == [trial for trial in finished for _ in range(3)]
+    expected = apply_overrides(config_of(search), [*best["best"]["set"], *best["probe"]["set"]])
+    assert config == expected.model_copy(update={"tune": TuneConfig()})
+    probe = only(search.run / "probe")
+    assert probe.manifest.config["probe"] == config.probe.content()
+    digests = set(only(search.run / "embeddings").read(["weights"])["weights"].to_pylist())
+    assert digests == {load_model(weights_folder(open_dataset(best["best"]["weights"]))).digest}
 
 
 def test_tensorboard_has_the_scores_and_the_values_of_every_trial(search):
@@ -165,14 +196,16 @@ def test_a_finished_search_is_kept_and_shown_again(search, ray_cluster):
     result = run_job("tune", *search.options, ray_address=ray.get_runtime_context().gcs_address)
     assert result.returncode == 0, result.stderr[-4000:]
     assert "made in" not in result.stdout
-    assert result.stdout.split("trials, judged by")[1] == search.output.split("trials, judged by")[1]
+    for first, last in (("trials, judged by", "run tiny_test"), ("the winner on test tiles:", "run tiny_test")):
+        again, before = (output.split(first)[1].split(last)[0] for output in (result.stdout, search.output))
+        assert again == before
     assert time.monotonic() - start < 60
 
 
 def test_the_best_values_give_the_weights_of_the_best_trial_again(search, ray_cluster):
     best = json.loads(Path(search.dataset.file_uri("best.json")).read_text())["best"]
     config = apply_overrides(config_of(search), best["set"])
-    run = run_stages(config, ["pretrain"])
+    run = run_stages(config, ["refine", "pack", "pretrain"])
     ours, theirs = (
         safetensors.torch.load((Path(folder) / WEIGHTS_FILE).read_bytes())
         for folder in (weights_folder(run.datasets["pretrain"]), weights_folder(open_dataset(best["weights"])))

@@ -13,6 +13,8 @@ from urbanclip_ray.model.weights import WEIGHTS_FILE
 from urbanclip_ray.overrides import apply_overrides
 from urbanclip_ray.recipes import load_recipe
 from urbanclip_ray.representations import stages_of
+from urbanclip_ray.search_results import BEST_FILE
+from urbanclip_ray.search_stage import search_stages
 
 
 def three_tiles(folder: Path) -> RunConfig:
@@ -40,6 +42,18 @@ def replace_stages(monkeypatch) -> list[str]:
 
         return stage._replace(make=make)
 
+    def replace_search(stage):
+        def make(_, publication):
+            names.append(stage.name)
+            publication.write_file(BEST_FILE, b'{"best": null}')
+
+        return stage._replace(make=make)
+
+    def searching(config):
+        *before, search = search_stages(config)
+        return (*(replace(stage) for stage in before), replace_search(search))
+
+    monkeypatch.setattr(plan, "search_stages", searching)
     monkeypatch.setattr(plan, "stages_of", lambda config: tuple(replace(stage) for stage in stages_of(config)))
     monkeypatch.setattr(pipeline, "_show_results", lambda run, console: None)
     return names

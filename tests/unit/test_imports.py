@@ -27,6 +27,8 @@ LIGHT = [
         ".representations",
         ".plan",
         ".search_space",
+        ".search_stage",
+        ".recipe_files",
     ),
     *(".release.plan", ".release.shards", ".release.card"),
     *(".geo.baidu", ".geo.zonal", ".sources.label_files"),
@@ -54,6 +56,10 @@ USES_RAY = {
     "urbanclip_ray.evaluate.fits",
     "urbanclip_ray.evaluate.retrieval",
     "urbanclip_ray.evaluate.trained.train",
+    "urbanclip_ray.probe_search",
+    "urbanclip_ray.report_score",
+    "urbanclip_ray.search_scheduling",
+    "urbanclip_ray.searchers",
     "urbanclip_ray.tune",
 }
 USES_DEEPSPEED = {"urbanclip_ray.train.engine", "urbanclip_ray.train.fragments"}

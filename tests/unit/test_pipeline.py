@@ -18,7 +18,6 @@ from urbanclip_ray.model.weights import WEIGHTS_FILE
 from urbanclip_ray.overrides import apply_overrides
 from urbanclip_ray.pipeline import find_parents, run_stages
 from urbanclip_ray.places import find_weights
-from urbanclip_ray.search_stage import SEARCH
 from urbanclip_ray.stages import STAGES
 from urbanclip_ray.storage import MissingDatasetError, find_dataset, open_dataset, publish
 
@@ -271,8 +270,6 @@ def test_another_stages_dataset_has_no_weights(tmp_path):
 
 def test_a_search_makes_what_comes_before_pretraining_and_then_its_trials(config, made, monkeypatch):
     shown = []
-    stages = (*plan.stages_of(config)[: NAMES.index("pretrain")], fake_search(made))
-    monkeypatch.setattr(plan, "SEARCH_STAGES", stages)
     monkeypatch.setattr(pipeline, "show_search", lambda search, console: shown.append(search))
     config = apply_overrides(config, ['tune.space={"train.lr": {"loguniform": [1e-4, 1e-3]}}'])
     before = NAMES[: NAMES.index("pretrain")]
@@ -291,12 +288,28 @@ def test_a_search_makes_what_comes_before_pretraining_and_then_its_trials(config
     assert made == []
 
 
-def fake_search(made):
-    def make(_, publication):
-        made.append("search")
-        publication.write_file("best.json", b"")
+def test_what_trials_refine_otherwise_is_made_once_for_each_value(config, made, monkeypatch):
+    monkeypatch.setattr(pipeline, "show_search", lambda search, console: None)
+    space = '{"refine.min_words": {"choice": [3, 4, 5]}, "train.lr": {"choice": [0.001, 0.002]}}'
+    config = apply_overrides(config, [f"tune.space={space}", "tune.sampler=grid"])
+    before = NAMES[: NAMES.index("pretrain")]
+    others = ["pairs_1", "shards_1", "pairs_2", "shards_2"]
+    run = run_stages(config, ["search"])
+    assert made == [*before, *others, "search"]
+    assert [run.datasets[name].manifest.config["refine"]["min_words"] for name in ("pairs", "pairs_1", "pairs_2")] == [3, 4, 5]
+    assert run.datasets["shards_1"].manifest.parents["pairs_1"] == run.datasets["pairs_1"].sha256
+    assert set(run.datasets["search"].manifest.parents) == {"labels", "shards", "shards_1", "shards_2"}
+    made.clear()
+    run_stages(apply_overrides(config, ["refine.max_words=50"]), ["search"])  # of all of them
+    assert made == ["pairs", "shards", *others, "search"]
 
-    return SEARCH._replace(make=make)
+
+def test_a_search_may_caption_otherwise_too(config, made, monkeypatch):
+    monkeypatch.setattr(pipeline, "show_search", lambda search, console: None)
+    space = '{"caption.max_error_share": {"choice": [0.05, 0.5]}}'
+    run = run_stages(apply_overrides(config, [f"tune.space={space}", "tune.sampler=grid"]), ["search"])
+    assert made[-4:] == ["captions_1", "pairs_1", "shards_1", "search"]
+    assert run.datasets["captions_1"].manifest.config["caption"]["max_error_share"] == 0.5
 
 
 def test_a_search_that_cannot_be_is_refused_before_anything_is_made(config, made, tmp_path):
@@ -306,4 +319,7 @@ def test_a_search_that_cannot_be_is_refused_before_anything_is_made(config, made
     (tmp_path / "city" / "tiles.csv").write_text("file,lon,lat\n0.png,0,0\n")
     with pytest.raises(ConfigError, match="a search needs indicators"):
         run_stages(config, ["search"])
+    (tmp_path / "city" / "tiles.csv").write_text("file,lon,lat,gdp\n0.png,0,0,1\n")
+    with pytest.raises(ConfigError, match=r"split\.transductive=true packs the test tiles, which no trial may see"):
+        run_stages(apply_overrides(config, ["split.transductive=true"]), ["search"])
     assert made == []

@@ -118,6 +118,8 @@ def test_gpus_that_no_node_has_are_refused():
     training, embedding = list_demands(config, ["pretrain", "embeddings"])
     with pytest.raises(PreflightError, match=r"2 training workers of 1 CPU \+ 1 GPU each: 0 fit on 1 node \(2 CPU, 0 GPU\)"):
         refuse_impossible(training, Cluster((HEAD,), None))
+    (trial,) = list_demands(config_with("resources.use_gpu=true"), ["shards", "search"])
+    assert trial == training
     with pytest.raises(PreflightError, match=r"1 embedding actor of 0\.5 GPU each: 0 fit.*lower embed\.gpus_per_actor"):
         refuse_impossible(embedding, Cluster((HEAD,), None))
 

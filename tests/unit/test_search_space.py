@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
 from urbanclip_ray.config import ConfigError, Domain, RunConfig, TuneConfig
+from urbanclip_ray.config.search import SPACES
 from urbanclip_ray.overrides import apply_overrides
 from urbanclip_ray.recipes import load_recipe
-from urbanclip_ray.search_space import measure_content, plan_trials
+from urbanclip_ray.search_space import measure_content, plan_probes, plan_trials, share_of, upstream_variants, variant_of
 
 DEMO = load_recipe("demo_search")
 
@@ -25,7 +27,9 @@ def with_space(space: object, *overrides: str) -> RunConfig:
         ({"train.augment.flip": {"choice": [True, False]}}, ["did you mean 'train.augment.flips'?"]),
         ({"trian.lr": {"choice": [1, 2]}}, ["'trian.lr' cannot be searched", "take keys of model, train"]),
         ({"split.seed": {"choice": [0, 1]}}, ["'split.seed' cannot be searched"]),  # shared by all trials
-        ({"probe.target": {"choice": ["raw", "log"]}}, ["'probe.target' cannot be searched"]),  # another measure
+        ({"probe.methods": {"choice": [["mean"], []]}}, ["'probe.methods' cannot be searched"]),
+        ({"refine.max_words": {"uniform": [10, 60]}}, ["made before pretraining, once for each of its values", "choice"]),
+        ({"refine.consistency.num_actors": {"choice": [1, 2]}}, ["no value that decides", "min_score"]),
         ({"tune.seed": {"choice": [0, 1]}}, ["'tune.seed' cannot be searched"]),
         ({"train.max_failures": {"choice": [0, 1]}}, ["'train.max_failures' is no value that decides a result"]),
         ({"train.lr.x": {"choice": [0, 1]}}, ["'train.lr.x' is no value"]),
@@ -55,6 +59,92 @@ def test_a_choice_that_other_keys_forbid_names_the_trial():
     config = with_space(space, "train.contrastive_batch_size=128", "train.global_batch_size=512")
     with pytest.raises(ConfigError, match=r"trial \d+ would be train\.contrastive_batch_size=512 .*=384 is not a multiple"):
         plan_trials(config)
+
+
+def test_keys_that_are_left_out_of_digests_at_their_default_can_be_searched():
+    for space in ({"train.ema_decay": {"choice": [0, 0.99]}}, {"refine.rules": {"choice": [[], ["all"]]}}):
+        assert set(plan_trials(with_space(space))[0].values) == set(space)
+
+
+def test_named_spaces_are_searched_beside_own_keys_which_go_first():
+    own = {"train.lr": {"choice": [1e-3, 2e-3]}}
+    tune = with_space(own, "tune.spaces=[optimisation, loss_weights, probe]").tune
+    assert set(tune.trial_domains) == {
+        f"train.{name}" for name in ("lr", "weight_decay", "contrastive_weight", "caption_weight")
+    }
+    assert tune.domains["train.lr"].choice == (1e-3, 2e-3)
+    assert set(tune.probe_domains) == set(SPACES["probe"])
+    with pytest.raises(ConfigError, match=r"tune\.spaces.*'optimisation'"):
+        with_space({}, "tune.spaces=[optimization]")
+    with pytest.raises(ConfigError, match="names a space twice"):
+        with_space({}, "tune.spaces=[probe, probe]")
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_every_named_space_has_trials_or_probe_settings(name):
+    config = apply_overrides(DEMO, ["tune.space={}", f"tune.spaces=[{name}]", "tune.num_trials=20"])
+    assert len(plan_trials(config)) == (1 if name == "probe" else 20)
+    assert len(plan_probes(config)) == (8 if name == "probe" else 0)
+
+
+def test_a_grid_is_every_combination_once_without_the_base_twice():
+    space = {"train.lr": {"loguniform": [1e-4, 1e-2]}, "train.text_mode": {"choice": ["sentence", "paragraph"]}}
+    config = with_space(space, "tune.sampler=grid", "tune.num_trials=20")  # train.lr is 1e-3, sentences: the grid's middle
+    trials = plan_trials(config)
+    found = [(trial.values["train.lr"], trial.values["train.text_mode"]) for trial in trials]
+    assert sorted(found) == [(lr, mode) for lr in (1e-4, 1e-3, 1e-2) for mode in ("paragraph", "sentence")]
+    assert [trial.number for trial in trials] == list(range(6))
+    with pytest.raises(ConfigError, match=r"has 5 points beside the config as it stands: set tune\.num_trials=6"):
+        plan_trials(apply_overrides(config, ["tune.num_trials=5"]))
+
+
+def test_a_space_of_tpe_is_looked_at_before_it_starts():
+    space = {"train.contrastive_batch_size": {"choice": [128, 512]}, "train.global_batch_size": {"choice": [384, 512]}}
+    batches = ("train.contrastive_batch_size=128", "train.global_batch_size=512", "tune.sampler=tpe")
+    with pytest.raises(ConfigError, match=r"=384 is not a multiple"):
+        plan_trials(with_space(space, *batches))
+    (base,) = plan_trials(with_space({"train.lr": {"loguniform": [1e-4, 1e-2]}}, "tune.sampler=tpe"))
+    assert base.number == 0
+
+
+def test_tpe_without_optuna_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ConfigError, match=r"pip install 'urbanclip_ray\[search\]', or take tune\.sampler=halton"):
+        plan_trials(with_space({"train.lr": {"loguniform": [1e-4, 1e-2]}}, "tune.sampler=tpe"))
+
+
+def test_what_comes_before_pretraining_has_a_variant_for_each_value_that_trials_have():
+    space = {"refine.min_words": {"choice": [3, 5, 7]}, "refine.rules": {"choice": [[], ["all"]]}}
+    config = with_space(space, "tune.sampler=grid", "tune.num_trials=6")
+    variants = upstream_variants(config)
+    assert variants[0] == {"refine.min_words": 3, "refine.rules": []}
+    assert len(variants) == 6
+    for trial in plan_trials(config):
+        assert variants[variant_of(trial, variants)] == trial.values
+    assert (
+        len(upstream_variants(apply_overrides(config, ["tune.sampler=tpe", "tune.num_trials=3"]))) == 6
+    )  # whatever it asks for
+    assert len(upstream_variants(apply_overrides(config, ["tune.sampler=random", "tune.num_trials=3"]))) <= 3
+    many = {"refine.min_words": {"choice": list(range(1, 19))}}
+    with pytest.raises(ConfigError, match="18 combinations, and each needs pairs and shards of its own"):
+        upstream_variants(with_space(many, "tune.sampler=tpe"))
+
+
+def test_retrieval_compares_no_trials_with_other_texts():
+    with pytest.raises(ConfigError, match=r"train\.text_mode would change: judge by mean_r2"):
+        with_space({"train.text_mode": {"choice": ["sentence", "paragraph"]}}, "tune.metric=retrieval")
+
+
+@pytest.mark.parametrize(
+    "domain",
+    [Domain(uniform=(-1, 3)), Domain(loguniform=(1e-4, 1e-1)), Domain(choice=("a", [1, 2], None))],
+    ids=["uniform", "loguniform", "choice"],
+)
+def test_the_share_of_a_value_leads_back_to_it_and_there_is_none_outside(domain):
+    for share in domain.shares(5):
+        value = domain.value_at(share)
+        assert share_of(value, domain) == pytest.approx(share, abs=1e-3)
+    assert share_of("b" if domain.choice else -2, domain) is None
 
 
 def test_there_must_be_something_to_search():

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
+import cloudpickle
 import numpy as np
 import pyarrow as pa
 import pytest
 from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
 
-from urbanclip_ray.config import ConfigError
+from urbanclip_ray.cluster import Cluster, Node, worker_resources
+from urbanclip_ray.config import ConfigError, RunConfig
 from urbanclip_ray.overrides import apply_overrides
 from urbanclip_ray.recipes import load_recipe
 from urbanclip_ray.schema import SHARDS, labels_schema
+from urbanclip_ray.search_results import TrialRecord, TrialResult
+from urbanclip_ray.search_scheduling import Budget, Halving, count_concurrent, make_scheduler
+from urbanclip_ray.search_space import plan_trials
+from urbanclip_ray.searchers import TrialSearcher
 from urbanclip_ray.storage import Dataset, open_dataset, publish
-from urbanclip_ray.tune import Halving, count_concurrent, make_jobs, make_scheduler
+from urbanclip_ray.tune import JobMaker, SearchError, TrialJob, refuse_all_failed, run_trial
 
 CONFIG = apply_overrides(
     load_recipe("tiny_test"),
@@ -66,13 +74,18 @@ class Race:
         return self.scheduler.on_trial_result(None, self.trials[number], result)
 
 
-def race(shards, labels, *overrides: str) -> Race:
+def make_jobs(config: RunConfig, shards: Dataset, labels: Dataset) -> list[TrialJob]:
+    maker = JobMaker(config, [shards], labels)
+    return [maker.job(trial) for trial in plan_trials(config)]
+
+
+def race(*overrides: str) -> Race:
     config = apply_overrides(CONFIG, list(overrides))
-    return Race(make_scheduler(config.tune, make_jobs(config, shards, labels), shards), 112)
+    return Race(make_scheduler(config.tune, [trial.config for trial in plan_trials(config)], NUM_TRAIN), 112)
 
 
 def test_a_trial_that_does_worse_than_its_rung_is_stopped_and_one_that_does_better_goes_on(shards, labels):
-    run = race(shards, labels)
+    run = race()
     assert run.report(0, 16, 0.5) == TrialScheduler.CONTINUE
     assert run.report(1, 16, 0.4) == TrialScheduler.STOP
     assert run.report(2, 16, 0.6) == TrialScheduler.CONTINUE
@@ -82,7 +95,7 @@ def test_a_trial_that_does_worse_than_its_rung_is_stopped_and_one_that_does_bett
 
 
 def test_nobody_is_stopped_before_the_grace_is_over(shards, labels):
-    run = race(shards, labels, "tune.grace_samples=64")
+    run = race("tune.grace_samples=64")
     assert run.report(0, 48, 0.9) == TrialScheduler.CONTINUE
     assert run.report(1, 48, 0.0) == TrialScheduler.CONTINUE
     assert run.report(0, 64, 0.9) == TrialScheduler.CONTINUE
@@ -90,7 +103,7 @@ def test_nobody_is_stopped_before_the_grace_is_over(shards, labels):
 
 
 def test_the_first_trial_and_one_at_its_end_are_never_stopped(shards, labels):
-    run = race(shards, labels)
+    run = race()
     for samples in (16, 32, 64, 112):
         assert run.report(1, samples, 0.9) == TrialScheduler.CONTINUE
         assert run.report(0, samples, 0.1) == TrialScheduler.CONTINUE
@@ -108,23 +121,27 @@ def test_the_first_trial_and_one_at_its_end_are_never_stopped(shards, labels):
 )
 def test_a_search_that_could_stop_nobody_is_refused_with_the_fix(shards, labels, override, part):
     with pytest.raises(ConfigError, match=part):
-        race(shards, labels, override)
+        race(override)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "cluster", "expected"),
+    ("overrides", "nodes", "expected"),
     [
-        ([], {"CPU": 2}, 1),
-        ([], {"CPU": 9}, 4),  # two ranks of one CPU each
-        ([], {"CPU": 0}, 1),  # a cluster that still has to grow
-        (["resources.cpus_per_worker=4"], {"CPU": 16}, 2),
-        (["resources.use_gpu=true"], {"CPU": 64, "GPU": 6}, 3),
-        (["resources.use_gpu=true"], {"CPU": 64}, 1),
-        (["tune.max_concurrent=5"], {"CPU": 2}, 5),
+        ([], [{"CPU": 2}], 1),
+        ([], [{"CPU": 9}], 4),  # two ranks of one CPU each
+        ([], [], 1),  # a cluster that still has to grow
+        ([], [{"CPU": 3}, {"CPU": 3}], 3),
+        (["resources.cpus_per_worker=4"], [{"CPU": 16}], 2),
+        (["resources.cpus_per_worker=4"], [{"CPU": 6}, {"CPU": 6}], 1),  # a worker lies on one node
+        (["resources.use_gpu=true"], [{"CPU": 64, "GPU": 6}], 3),
+        (["resources.use_gpu=true"], [{"CPU": 64}], 1),
+        (["tune.max_concurrent=5"], [{"CPU": 2}], 5),
     ],
 )
-def test_as_many_trials_run_at_a_time_as_the_cluster_has_room_for(overrides, cluster, expected):
-    assert count_concurrent(apply_overrides(CONFIG, overrides), cluster) == expected
+def test_as_many_trials_run_at_a_time_as_the_cluster_has_room_for(overrides, nodes, expected):
+    config = apply_overrides(CONFIG, overrides)
+    cluster = Cluster(tuple(Node(str(at), "a", node, is_head=at == 0) for at, node in enumerate(nodes)), None)
+    assert count_concurrent(config, cluster.places_now(worker_resources(config.resources))) == expected
 
 
 def places(shards, labels, *overrides: str) -> list[str]:
@@ -154,8 +171,93 @@ def test_whatever_changes_a_trials_scores_changes_its_place(shards, labels, tmp_
     assert not set(places(shards, others)) & set(found)
 
 
+def report(number: int, samples: int) -> dict:
+    return {"config": {"trial": {"number": number}}, "samples": samples, "total_samples": 112}
+
+
+def test_spent_samples_end_all_but_the_first_trial_and_one_at_its_end():
+    budget = Budget(max_samples=200, max_minutes=None)
+    assert not budget("a", report(0, 112))
+    assert not budget("b", report(1, 80))
+    assert not budget("b", report(1, 80))  # told again after an interruption: counted once
+    assert not budget.samples_are_spent
+    assert budget("c", report(2, 16))
+    assert budget.samples_are_spent
+    assert not budget("b", report(1, 112))
+    assert not budget("a", report(0, 64))
+    assert (budget.stopped, budget.stop_all()) == ({2: 16}, False)
+
+
+def test_spent_minutes_end_everything(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    budget = Budget(max_samples=None, max_minutes=2)
+    now += 119
+    assert not budget.stop_all()
+    now += 1
+    assert budget.stop_all()
+    assert budget.minutes_are_spent
+    assert not budget("a", report(1, 16))
+
+
+def test_without_a_scheduler_every_trial_may_go_to_its_end(shards):
+    config = apply_overrides(CONFIG, ["tune.scheduler=none", "tune.grace_samples=4096"])
+    assert not isinstance(make_scheduler(config.tune, [config], NUM_TRAIN), Halving)
+
+
+def test_a_trial_has_no_way_to_a_test_tile(shards, labels, tmp_path):
+    """What it is told is pickled, as Ray does, and searched: neither id nor label of a test tile is there, nor its place."""
+    config = apply_overrides(CONFIG, ["source.uri=/data/city", "source.metadata=tiles.csv", "labels.csv=/data/more.csv"])
+    hidden = {"secret_tile": 123456.75}
+    rows = labels.read().to_pylist() + [{"tile_id": name, "gdp": value} for name, value in hidden.items()]
+    with_test = store(str(tmp_path / "labels"), pa.Table.from_pylist(rows, schema=labels_schema(["gdp"])))
+    maker = JobMaker(config, [shards], with_test)
+    for sent in (maker, *(maker.job(trial) for trial in plan_trials(config))):
+        data = cloudpickle.dumps(sent)
+        for found in (b"secret_tile", np.float64(hidden["secret_tile"]).tobytes(), b"/data/city", b"tiles.csv", b"more.csv"):
+            assert found not in data
+    job = maker.job(plan_trials(config)[0])
+    parts = dict(zip(*(shards.read()[name].to_pylist() for name in ("row_id", "part")), strict=True))
+    assert {parts[row] for row in job.rows.row_ids.tolist()} == {"train", "val"}
+    assert len(job.rows.targets["gdp"]) == NUM_TRAIN + NUM_VAL
+
+
+def test_a_trial_is_found_again_by_what_tune_was_shown_of_it(shards, labels):
+    space = {
+        "train.freeze": {"choice": [[], ["image"]]},
+        "train.lr": {"uniform": [0.1, 0.2]},
+        "train.augment.flips": {"choice": [True, False]},
+    }
+    config = apply_overrides(CONFIG, [f"tune.space={json.dumps(space)}", "tune.num_trials=8"])
+    maker, searcher = JobMaker(config, [shards], labels), TrialSearcher(config, "s3://none", lambda: False)
+    for number, trial in enumerate(plan_trials(config)):
+        shown = searcher.suggest(str(number))["trial"]
+        assert all(isinstance(value, bool | int | float | str) for value in shown.values())
+        assert maker.job_of(shown).uri == maker.job(trial).uri
+    assert searcher.suggest("more") == Searcher.FINISHED
+
+
 def test_the_trials_share_the_rows_that_judge_them(shards, labels):
     jobs = make_jobs(CONFIG, shards, labels)
     assert all(np.array_equal(job.rows.row_ids, jobs[0].rows.row_ids) for job in jobs)
     assert jobs[0].config.pretrain_content() == CONFIG.pretrain_content()
     assert all(job.config.tune.space == {} for job in jobs)  # a trial searches nothing itself
+
+
+def test_a_finished_trial_that_never_reported_is_named_with_the_fix(shards, labels, tmp_path):
+    job = make_jobs(apply_overrides(CONFIG, [f"storage={tmp_path}"]), shards, labels)[1]
+    with publish(job.uri, "pretrain", {}, {}) as publication:
+        publication.write_file("weights", b"")
+    with pytest.raises(SearchError, match=rf"{job.uri} is finished, but its reports are gone: remove it"):
+        run_trial(job)
+
+
+def test_a_search_of_which_every_trial_failed_can_be_run_again(shards, labels, tmp_path):
+    config = apply_overrides(CONFIG, [f"storage={tmp_path}"])
+    jobs, failed = make_jobs(config, shards, labels), TrialRecord(failure="the disk is full")
+    with pytest.raises(SearchError, match="every trial failed, the first one with: the disk is full; mend that"):
+        refuse_all_failed([TrialResult(job.trial, failed, "failed", job.uri) for job in jobs])
+    one_stopped = [
+        TrialResult(job.trial, failed, state, job.uri) for job, state in zip(jobs, ("failed", "stopped"), strict=False)
+    ]
+    refuse_all_failed(one_stopped)

@@ -14,7 +14,7 @@ from urbanclip_ray.config.labels import LabelsConfig
 from urbanclip_ray.config.refinement import RefineConfig
 from urbanclip_ray.config.report import PromptsConfig, ReportConfig
 from urbanclip_ray.config.resources import ResourcesConfig
-from urbanclip_ray.config.search import TuneConfig, check_searched
+from urbanclip_ray.config.search import TuneConfig, check_metric, check_searched
 from urbanclip_ray.config.section import Section, execution
 from urbanclip_ray.config.sources import FolderSource, SourceConfig
 from urbanclip_ray.config.stores import StoreConfig
@@ -81,8 +81,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_space(self) -> Self:
-        for key, domain in self.tune.space.items():
+        for key, domain in self.tune.domains.items():
             check_searched(self, key, domain)
+        check_metric(self.tune)
         return self
 
     def worker_counts(self) -> list[int]:

@@ -6,6 +6,7 @@ import re
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 from urbanclip_ray.errors import UserError
 
@@ -45,9 +46,19 @@ class Section(BaseModel):
     def content(self) -> dict[str, Any]:
         """The fields that decide what is made, as JSON-ready values: no :func:`execution` ones, nor :func:`added_later` ones
         at their default."""
-        skip = set()
-        for name, field in type(self).model_fields.items():
-            marks = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-            if marks.get("execution") or (marks.get("added_later") and getattr(self, name) == field.default):
-                skip.add(name)
-        return self.model_dump(mode="json", exclude=skip)
+        fields, deciding = type(self).model_fields, type(self).deciding_keys()
+        kept = [
+            name
+            for name in deciding
+            if not (_marks(fields[name]).get("added_later") and getattr(self, name) == fields[name].default)
+        ]
+        return self.model_dump(mode="json", include=set(kept))
+
+    @classmethod
+    def deciding_keys(cls) -> tuple[str, ...]:
+        """The fields that may decide what is made: all but :func:`execution` ones."""
+        return tuple(name for name, field in cls.model_fields.items() if not _marks(field).get("execution"))
+
+
+def _marks(field: FieldInfo) -> dict[str, Any]:
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}

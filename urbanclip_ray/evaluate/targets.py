@@ -32,6 +32,14 @@ def to_space(values: np.ndarray, target: Target) -> np.ndarray:
     return np.log1p(kept) if target == "log1p" else kept
 
 
+def from_space(values: np.ndarray, target: Target) -> np.ndarray:
+    """Values of the target space in the indicator's own unit, the inverse of :func:`to_space`; too large ones are infinite."""
+    with np.errstate(over="ignore"):
+        if target == "log":
+            return np.exp(values)
+        return np.expm1(values) if target == "log1p" else values
+
+
 def count_unusable(values: np.ndarray, target: Target) -> dict[str, int]:
     """How many values are NaN in the target space, by reason; reasons that do not occur are left out."""
     values = values.astype(np.float64)

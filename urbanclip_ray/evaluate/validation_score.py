@@ -7,6 +7,7 @@ are scored, so a score compares trials and says nothing of unseen tiles.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,12 +42,16 @@ class ProbeRows(NamedTuple):
     targets: dict[str, np.ndarray]  # indicator -> [rows] in the probe's space, NaN where unusable
 
 
-def choose_rows(shards: Dataset, labels: Dataset, config: RunConfig) -> ProbeRows:
-    """A seeded subset of the training and validation rows that have a usable target.
+def choose_rows(shards: Sequence[Dataset], labels: Dataset, config: RunConfig) -> list[ProbeRows]:
+    """A seeded subset of the training and validation tiles that have a usable target and a row in all of these shards.
 
-    Raises ConfigError when an indicator cannot be learned or judged on them.
+    They are the same tiles, in the same order, for each of them. Raises ConfigError when an indicator cannot be learned or
+    judged on them.
     """
-    table = shards.read(["row_id", "tile_id", "part"]).sort_by("row_id")
+    table, *others = (dataset.read(["row_id", "tile_id", "part"]).sort_by("row_id") for dataset in shards)
+    for other in others:
+        table = table.filter(pc.is_in(table["tile_id"], value_set=other["tile_id"].combine_chunks()))
+    same_tiles = [other.take(pc.index_in(table["tile_id"], value_set=other["tile_id"].combine_chunks())) for other in others]
     raw = read_indicators(labels, table["tile_id"].combine_chunks(), config.probe)
     targets = {name: to_space(values, target_of(name, config.probe)) for name, values in raw.items()}
     usable = np.any([np.isfinite(values) for values in targets.values()], axis=0)
@@ -57,21 +62,20 @@ def choose_rows(shards: Dataset, labels: Dataset, config: RunConfig) -> ProbeRow
         for name, limit in (("train", config.tune.max_train_tiles), ("val", config.tune.max_val_tiles))
     ]
     places = np.concatenate(chosen)
-    rows = ProbeRows(
-        table["row_id"].to_numpy()[places], len(chosen[0]), {name: values[places] for name, values in targets.items()}
-    )
-    for name, values in rows.targets.items():
-        for part_name, short, own in (
-            ("training", "train", values[: rows.num_train]),
-            ("validation", "val", values[rows.num_train :]),
-        ):
+    num_train, chosen_targets = len(chosen[0]), {name: values[places] for name, values in targets.items()}
+    _refuse_too_few(chosen_targets, num_train)
+    return [ProbeRows(own["row_id"].to_numpy()[places], num_train, chosen_targets) for own in (table, *same_tiles)]
+
+
+def _refuse_too_few(targets: dict[str, np.ndarray], num_train: int) -> None:
+    for name, values in targets.items():
+        for part_name, short, own in (("training", "train", values[:num_train]), ("validation", "val", values[num_train:])):
             found = own[np.isfinite(own)]
             if len(found) < MIN_ROWS or np.ptp(found) == 0:
                 raise ConfigError(
                     f"{len(found)} {part_name} tiles with a usable {name!r} cannot judge a trial: they are fewer than "
                     f"{MIN_ROWS}, or all equal; take it out of probe.indicators, or raise tune.max_{short}_tiles"
                 )
-    return rows
 
 
 def score_vectors(vectors: np.ndarray, rows: ProbeRows, alphas: tuple[float, ...]) -> dict[str, float]:
@@ -86,8 +90,8 @@ def score_vectors(vectors: np.ndarray, rows: ProbeRows, alphas: tuple[float, ...
     return scores
 
 
-class ValidationScore:
-    """Scores a DeepSpeed engine around a CoCa; called by all ranks, it returns the same R² by indicator on each.
+class RowVectors:
+    """Embeds the judged rows by a DeepSpeed engine around a CoCa; called by all ranks, it returns all vectors on each.
 
     Every rank takes equally many rows, the last one repeated where they do not divide: under ZeRO-3 a forward waits for all
     ranks. The engine is left in training mode.
@@ -98,19 +102,12 @@ class ValidationScore:
         self._shards = shards
         self._pixels: PixelsConfig = config.pixels
         self._views = config.embed.views
-        self._alphas = config.probe.ridge_alphas
         self._rows_per_forward = config.train.micro_batch_size
         self._images: np.ndarray | None = None  # uint8 [rows of this rank, px, px, 3], read once
 
-    def __call__(self, engine: Any) -> dict[str, float]:
-        vectors = self._embed(engine)
-        if not np.isfinite(vectors).all():
-            raise ScoreError("the embeddings are not finite: lower train.lr, or set train.precision=fp32")
-        return score_vectors(vectors, self.rows, self._alphas)
-
     @torch.no_grad()
-    def _embed(self, engine: Any) -> np.ndarray:
-        """Vectors [rows, width] of length 1, of all ranks."""
+    def __call__(self, engine: Any) -> np.ndarray:
+        """Vectors [rows, width] of length 1; raises :class:`ScoreError` where one is not finite."""
         if self._images is None:
             self._images = self._read(rank_share(self.rows.row_ids), engine.module.image_px)
         engine.eval()
@@ -125,6 +122,8 @@ class ValidationScore:
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, mine)
         vectors: np.ndarray = torch.cat(everyone)[: len(self.rows.row_ids)].cpu().numpy()
+        if not np.isfinite(vectors).all():
+            raise ScoreError("the embeddings are not finite: lower train.lr, or set train.precision=fp32")
         return vectors
 
     def _read(self, row_ids: np.ndarray, image_px: int) -> np.ndarray:

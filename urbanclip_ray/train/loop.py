@@ -38,7 +38,7 @@ from urbanclip_ray.train.speed import Speedometer
 from urbanclip_ray.train.step import take_step
 from urbanclip_ray.train.validate import validate
 
-AfterStep = Callable[[Any, int, int], None]  # the engine, the steps taken, all steps: called alike by all ranks
+AfterStep = Callable[["Rank", int, int], None]  # the rank, the steps taken, all steps: called alike by all ranks
 
 
 class TrainSpec(NamedTuple):
@@ -94,7 +94,7 @@ def train_rank(spec: TrainSpec) -> None:
                 curves.validation({"step": taken, "epoch": step.epoch, **figures})
                 show_validation(figures, taken, num_steps)
             if spec.after_step is not None:  # before the checkpoint: whoever resumes from it finds this done
-                spec.after_step(rank.engine, taken, num_steps)
+                spec.after_step(rank, taken, num_steps)
             if taken % config.checkpoint_every_steps == 0 and taken < num_steps:
                 stop_if_ranks_differ(rank.engine, taken)
                 progress = rank.order.progress_after(taken).to_json() if dist.get_rank() == 0 else {}

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from sklearn.metrics import r2_score
 
-from urbanclip_ray.config import ConfigError
+from urbanclip_ray.config import ConfigError, RunConfig
 from urbanclip_ray.evaluate.regression import ProbeData, RidgeProbe
 from urbanclip_ray.evaluate.validation_score import ProbeRows, choose_rows, score_vectors
 from urbanclip_ray.overrides import apply_overrides
@@ -52,8 +52,13 @@ def same(ours: ProbeRows, theirs: ProbeRows) -> bool:
     )
 
 
+def choose(shards: Dataset, labels: Dataset, config: RunConfig) -> ProbeRows:
+    (rows,) = choose_rows([shards], labels, config)
+    return rows
+
+
 def test_all_rows_with_their_own_targets_are_taken_where_there_is_room(shards, tmp_path):
-    rows = choose_rows(shards, labels(tmp_path / "labels"), CONFIG)
+    rows = choose(shards, labels(tmp_path / "labels"), CONFIG)
     assert rows.row_ids.tolist() == list(range(NUM_TRAIN + NUM_VAL))
     assert rows.num_train == NUM_TRAIN
     assert rows.targets["gdp"].tolist() == [float(at) for at in range(NUM_TRAIN + NUM_VAL)]
@@ -61,28 +66,44 @@ def test_all_rows_with_their_own_targets_are_taken_where_there_is_room(shards, t
 
 def test_test_tiles_are_never_looked_at(shards, tmp_path):
     test = range(NUM_TRAIN + NUM_VAL, NUM_TRAIN + NUM_VAL + NUM_TEST)
-    rows = choose_rows(shards, labels(tmp_path / "labels"), CONFIG)
+    rows = choose(shards, labels(tmp_path / "labels"), CONFIG)
     assert not set(rows.row_ids.tolist()) & set(test)
-    assert same(rows, choose_rows(shards, labels(tmp_path / "other", dict.fromkeys(test, 1e9)), CONFIG))
-    assert same(rows, choose_rows(shards, labels(tmp_path / "none", dict.fromkeys(test)), CONFIG))
+    assert same(rows, choose(shards, labels(tmp_path / "other", dict.fromkeys(test, 1e9)), CONFIG))
+    assert same(rows, choose(shards, labels(tmp_path / "none", dict.fromkeys(test)), CONFIG))
 
 
 def test_a_subset_is_seeded_and_holds_both_parts(shards, tmp_path):
     few = apply_overrides(CONFIG, ["tune.max_train_tiles=10", "tune.max_val_tiles=5"])
     known = labels(tmp_path / "labels")
-    rows = choose_rows(shards, known, few)
-    assert same(rows, choose_rows(shards, known, few))
-    assert not same(rows, choose_rows(shards, known, apply_overrides(few, ["tune.seed=1"])))
+    rows = choose(shards, known, few)
+    assert same(rows, choose(shards, known, few))
+    assert not same(rows, choose(shards, known, apply_overrides(few, ["tune.seed=1"])))
     assert (rows.num_train, len(rows.row_ids), len(set(rows.row_ids.tolist()))) == (10, 15, 15)
     assert rows.row_ids[:10].max() < NUM_TRAIN <= rows.row_ids[10:].min()
     assert rows.targets["gdp"].tolist() == rows.row_ids.tolist()  # a target stays with its row
 
 
+def test_shards_of_other_sentences_are_judged_by_the_tiles_that_all_of_them_have(shards, tmp_path):
+    """Those of tiles 0 to 41 and of a refinement that left no sentence to every fourth of them."""
+    kept = [at for at in range(NUM_TRAIN + NUM_VAL) if at % 4]
+    random = np.random.default_rng(1).permutation(len(kept))
+    rows = [
+        {"row_id": int(number), "tile_id": str(at), "image": b"", "texts": [], "part": "train" if at < NUM_TRAIN else "val"}
+        for number, at in zip(random, kept, strict=True)
+    ]
+    fewer = store(str(tmp_path / "fewer"), pa.Table.from_pylist(rows, schema=SHARDS))
+    ours, theirs = choose_rows([shards, fewer], labels(tmp_path / "labels"), CONFIG)
+    tiles = {row["row_id"]: int(row["tile_id"]) for row in rows}
+    assert ours.row_ids.tolist() == kept == [tiles[row] for row in theirs.row_ids.tolist()]
+    assert ours.num_train == theirs.num_train == sum(at < NUM_TRAIN for at in kept)
+    assert ours.targets["gdp"].tolist() == theirs.targets["gdp"].tolist() == kept
+
+
 def test_a_row_without_any_target_is_left_out_and_one_without_some_is_not_scored_there(shards, tmp_path):
     only_gdp = apply_overrides(CONFIG, ["probe.indicators=[gdp]"])
     known = labels(tmp_path / "labels", {0: None, 31: None})
-    assert not set(choose_rows(shards, known, only_gdp).row_ids.tolist()) & {0, 31}
-    rows = choose_rows(shards, known, CONFIG)
+    assert not set(choose(shards, known, only_gdp).row_ids.tolist()) & {0, 31}
+    rows = choose(shards, known, CONFIG)
     assert {0, 31} < set(rows.row_ids.tolist())
     assert np.isnan(rows.targets["gdp"][[0, 31]]).all()
     vectors = np.random.default_rng(0).normal(size=(len(rows.row_ids), 3))
@@ -103,7 +124,7 @@ def test_a_row_without_any_target_is_left_out_and_one_without_some_is_not_scored
 )
 def test_an_indicator_that_cannot_judge_a_trial_is_named_with_the_fix(shards, tmp_path, gdp, part):
     with pytest.raises(ConfigError, match=part) as caught:
-        choose_rows(shards, labels(tmp_path / "labels", gdp), CONFIG)
+        choose(shards, labels(tmp_path / "labels", gdp), CONFIG)
     assert "take it out of probe.indicators" in str(caught.value)
 
 

@@ -128,9 +128,7 @@ def test_text_and_pixels_are_a_function_of_seed_epoch_and_row(packed):
 
 def test_any_number_of_threads_makes_the_same_batches(packed):
     rows = list(ShardReader(packed, "train", window=4).rows(np.arange(8)))
-    alone, together = (
-        BatchMaker(CONFIG, PixelsConfig(), TOKENIZER, IMAGE_PX, num_threads) for num_threads in (1, 3)
-    )
+    alone, together = (BatchMaker(CONFIG, PixelsConfig(), TOKENIZER, IMAGE_PX, num_threads) for num_threads in (1, 3))
     for made, expected in (
         (together.training(rows, np.arange(8)), alone.training(rows, np.arange(8))),
         (together.validation(rows), alone.validation(rows)),
