@@ -23,6 +23,7 @@ from urbanclip_ray.storage import Dataset, Publication, StorageError, join, read
 
 RECORD_FILE, VECTORS_FILE = "reports.json", "judged_vectors.npy"  # of a trial
 BEST_FILE, PROBES_FILE, WINNER_FILE = "best.json", "probes.json", "winner.yaml"  # of a search
+EVENTS_FOLDER = "ray_tune"  # TensorBoard events with HParams, and what else Tune writes of a trial
 CAUTION = (
     "These scores are of the validation tiles that chose the trial and its probe, so they are optimistic, the best one most of "
     "all: never quote them as a result. Quote the winner's score on test tiles, which no trial looks at."

@@ -23,14 +23,13 @@ from urbanclip_ray.evaluate.validation_score import ProbeRows, choose_rows
 from urbanclip_ray.probe_search import search_probes
 from urbanclip_ray.remote_errors import explain_error
 from urbanclip_ray.report_score import ReportScore
-from urbanclip_ray.search_results import TrialRecord, TrialResult, publish_results, read_record, write_record
+from urbanclip_ray.search_results import EVENTS_FOLDER, TrialRecord, TrialResult, publish_results, read_record, write_record
 from urbanclip_ray.search_scheduling import Budget, count_concurrent, make_scheduler, training_rows
 from urbanclip_ray.search_space import Trial, measure_content, plan_trials, trial_with, upstream_variants, variant_of
 from urbanclip_ray.searchers import TrialSearcher, read_values
 from urbanclip_ray.storage import Dataset, Publication, dataset_uri, delete_folder, digest, find_dataset, join, publish, resolve
 from urbanclip_ray.train.launch import pretrain
 
-EVENTS_FOLDER = "ray_tune"  # TensorBoard events with HParams, and what else Tune writes of a trial
 DRIVER_MEMORY_BYTES = 512 * 2**20  # what a trial's driver asks for: a CPU of its own would be missing to its ranks
 
 
