@@ -17,15 +17,16 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from urbanclip_ray.evaluate.importance import Importance
-from urbanclip_ray.evaluate.plots import GRID, NEUTRAL, OTHER_COLOURS, OUTER_COLOUR, Figure, as_json, style
+from urbanclip_ray.evaluate.plots import NEUTRAL, OTHER_COLOURS, OUTER_COLOUR, Figure, as_json, style
 from urbanclip_ray.evaluate.search_trials import TrialView
 
 SCORE_COLOURS = [[0, "#9aa5b4"], [0.5, "#2f6fde"], [1, "#d9480f"]]  # readable on light and on dark paper
 SYMBOLS = {"finished": "circle", "stopped": "x-thin", "open": "circle-open", "failed": "triangle-down-open"}
 STATE_NAMES = {"finished": "finished", "stopped": "stopped early", "open": "stopped or still running", "failed": "failed"}
 MOST_NAMES = 5  # different values of a key that get a place of their own
-LOG_FACTOR = 20  # positive values that differ by more are shown on a logarithmic axis
+LOG_FACTOR = 8  # positive values that differ by more are shown on a logarithmic axis
 TICK_SIZE = 11
+MANY_TRIALS = 20
 
 
 def short(value: Any) -> str:
@@ -78,25 +79,27 @@ def key_axis(values: Sequence[Any], numbers: Sequence[int]) -> Axis:
         places = [0.05 + 0.9 * place / step + own for place, own in zip(at, spread, strict=True)]
         return Axis(places, [(0.05 + 0.9 * place / step, short(value)) for place, value in enumerate(different)])
     low, high = min(values), max(values)
-    scale = math.log10 if low > 0 and high / low > LOG_FACTOR else float
+    is_log = low > 0 and high / low > LOG_FACTOR
+    scale = math.log10 if is_log else float
     first, last = scale(low), scale(high)
-    ticks = _log_ticks(low, high) if scale is math.log10 else [low + share * (high - low) for share in (0, 0.25, 0.5, 0.75, 1)]
     return Axis(
         [(scale(value) - first) / (last - first) for value in values],
-        [((scale(tick) - first) / (last - first), short(tick)) for tick in ticks],
+        [((scale(tick) - first) / (last - first), short(tick)) for tick in (log_ticks if is_log else round_ticks)(low, high)],
     )
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Both ends, and between them powers of ten with their halves and fifths, none near to another."""
-    room = (math.log10(high) - math.log10(low)) / 12
-    ticks = [low, high]
-    for mantissa in (1, 3, 2, 5):
-        for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1):
-            tick = mantissa * 10.0**power
-            if low < tick < high and all(abs(math.log10(tick / other)) > room for other in ticks):
-                ticks.append(tick)
-    return sorted(ticks)
+def round_ticks(low: float, high: float) -> list[float]:
+    """Three to six multiples of 1, 2 or 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10((high - low) / 2))
+    step = next(times * power for times in (1, 2, 5, 10) if (high - low) / (times * power) < MOST_NAMES)
+    return [step * at for at in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """One, two and five times powers of ten; the powers alone where these are many."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    mantissas = (1, 2, 5) if high / low < 10**3 else (1,)
+    return [tick for power in powers for mantissa in mantissas if low <= (tick := mantissa * 10.0**power) <= high]
 
 
 def parallel_coordinates(trials: Sequence[TrialView], scores: ScoreRange) -> Figure:
@@ -104,8 +107,8 @@ def parallel_coordinates(trials: Sequence[TrialView], scores: ScoreRange) -> Fig
     keys = list(trials[0].values)
     numbers = [trial.number for trial in trials]
     axes = [key_axis([trial.values[key] for trial in trials], numbers) for key in keys]
-    ends = [low_to_high for low_to_high in np.linspace(scores.low, scores.high, 5).tolist()]
-    axes.append(Axis([], [(scores.place(end), f"{end:.3f}".replace("-", "−")) for end in ends]))
+    axes.append(Axis([], [(scores.place(tick), short(tick)) for tick in round_ticks(*scores)]))
+    width = 2 if len(trials) <= MANY_TRIALS else 1.2
     figure = go.Figure()
     for at, trial in sorted(enumerate(trials), key=lambda one: -math.inf if one[1].score is None else one[1].score):
         places = [axis.places[at] for axis in axes[:-1]]
@@ -119,8 +122,8 @@ def parallel_coordinates(trials: Sequence[TrialView], scores: ScoreRange) -> Fig
             text=texts,
             mode="lines+markers",
             meta=trial.number,
-            line={"color": scores.colour(trial.score), "width": 2, "dash": "dot" if trial.number == 0 else "solid"},
-            marker={"size": 6},
+            line={"color": scores.colour(trial.score), "width": width, "dash": "dot" if trial.number == 0 else "solid"},
+            marker={"size": 3 * width},
             hovertemplate=f"{trial_name(trial)}, {STATE_NAMES[trial.state]}<br>%{{text}}<extra></extra>",
         )
     style(figure, height=430, left=24)
@@ -129,15 +132,12 @@ def parallel_coordinates(trials: Sequence[TrialView], scores: ScoreRange) -> Fig
     figure.update_yaxes(visible=False, range=[-0.03, 1.03], fixedrange=True)
     for place, (key, axis) in enumerate(zip([*keys, "score"], axes, strict=True)):
         figure.add_shape(type="line", x0=place, x1=place, y0=0, y1=1, line={"color": NEUTRAL, "width": 1.5}, layer="below")
-        figure.add_annotation(x=place, y=1.03, yanchor="bottom", text=_two_lines(key), **_TEXT, font={"size": 12})
+        figure.add_annotation(x=place, y=1.03, yanchor="bottom", text=_two_lines(key), showarrow=False, font={"size": 12})
         for height, text in axis.ticks:
             figure.add_annotation(
-                x=place, y=height, xanchor="left", xshift=4, text=html.escape(text), **_TEXT, font={"size": TICK_SIZE}
+                x=place, y=height, xanchor="left", xshift=4, text=html.escape(text), showarrow=False, font={"size": TICK_SIZE}
             )
     return as_json(figure)
-
-
-_TEXT = {"showarrow": False, "xanchor": "center", "align": "center"}
 
 
 def _two_lines(key: str) -> str:
@@ -150,7 +150,7 @@ def trial_name(trial: TrialView) -> str:
 
 
 def score_curves(trials: Sequence[TrialView], scores: ScoreRange) -> Figure:
-    """The score over training rows, a line per trial; its last mark says how it ended."""
+    """The score over training rows, a line per trial in the colour of its end; its last mark says how it ended."""
     figure = go.Figure()
     shown = [trial for trial in trials if trial.reports]
     for trial in shown:
@@ -162,6 +162,7 @@ def score_curves(trials: Sequence[TrialView], scores: ScoreRange) -> Figure:
             showlegend=False,
             line={"color": scores.colour(trial.score), "width": 2, "dash": "dot" if trial.number == 0 else "solid"},
             marker={
+                "opacity": 1,
                 "size": [5] * (len(trial.reports) - 1) + [10],
                 "symbol": ["circle"] * (len(trial.reports) - 1) + [SYMBOLS[trial.state]],
                 "line": {"width": 2, "color": scores.colour(trial.score)},
@@ -172,7 +173,8 @@ def score_curves(trials: Sequence[TrialView], scores: ScoreRange) -> Figure:
     style(figure, height=380, left=56)
     figure.update_layout(hovermode="closest", legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
     figure.update_xaxes(title_text="training rows seen", rangemode="tozero", tickformat=",", nticks=6)
-    figure.update_yaxes(title_text="validation score", range=list(scores))
+    seen = score_range([point.score for trial in shown for point in trial.reports])
+    figure.update_yaxes(title_text="validation score", range=list(seen))
     return as_json(figure)
 
 
@@ -194,9 +196,6 @@ def importance_bars(importance: Importance) -> Figure:
         orientation="h",
         width=0.5,
         marker={"color": OUTER_COLOUR},
-        text=[f"{key.value:.2f} {arrows[key.direction]}".strip() for key in keys],
-        textposition="outside",
-        cliponaxis=False,
         name=importance.method,
         hovertemplate="%{y}: %{x:.3f}<extra></extra>",
     )
@@ -209,11 +208,22 @@ def importance_bars(importance: Importance) -> Figure:
             name="chance, 19 of 20",
             hovertemplate="chance stays below %{x:.2f} in 19 of 20<extra></extra>",
         )
-    style(figure, height=110 + 44 * len(keys), left=60)
     reach = max([key.value for key in keys] + [key.chance or 0.0 for key in keys] + [0.05])
+    figure.add_scatter(
+        x=[max(key.value, key.chance or 0.0) + 0.02 * reach for key in keys],
+        y=names,
+        mode="text",
+        text=[f"{key.value:.2f} {arrows[key.direction]}".strip() for key in keys],
+        textposition="middle right",
+        textfont={"size": 12},
+        cliponaxis=False,
+        showlegend=False,
+        hoverinfo="skip",
+    )
+    style(figure, height=110 + 44 * len(keys), left=60)
     figure.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}, margin={"r": 24})
     titles = {"rank correlation": "rank correlation with the score", "random forest": "growth of the error when shuffled"}
-    figure.update_xaxes(title_text=titles[importance.method], range=[0, 1.45 * reach], nticks=6)
+    figure.update_xaxes(title_text=titles[importance.method], range=[0, 1.5 * reach], nticks=6)
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=names[::-1], showgrid=False)
     return as_json(figure)
 
@@ -231,7 +241,7 @@ def score_against_cost(trials: Sequence[TrialView], costs: Sequence[float | None
         x=[own for own, _ in front],
         y=[trial.score for _, trial in front],
         mode="lines",
-        line={"color": GRID, "width": 3, "shape": "hv"},
+        line={"color": NEUTRAL, "width": 3, "shape": "hv"},
         showlegend=False,
         hoverinfo="skip",
     )

@@ -10,7 +10,7 @@ import json
 from typing import Any, NamedTuple
 
 from urbanclip_ray.errors import UserError
-from urbanclip_ray.search_results import EVENTS_FOLDER
+from urbanclip_ray.search_results import EVENTS_FOLDER, read_record
 from urbanclip_ray.storage import MANIFEST, Dataset, exists, join, list_folders, open_dataset, read_bytes
 
 Json = dict[str, Any]
@@ -37,7 +37,7 @@ class TrialView(NamedTuple):
     state: str
     reports: tuple[Point, ...]  # in the order of their samples
     total_samples: int | None  # of its whole run; None where it never reported
-    seconds: float | None = None  # that its training took, where the table says so
+    seconds: float | None = None  # that its pretraining had taken at its last report, where that is known
     error: str | None = None
 
     @property
@@ -103,9 +103,9 @@ def read_search(uri: str) -> SearchView:
 
 
 def _from_row(row: Json) -> TrialView:
-    reports = row.get("reports") or []  # a search of before this column has the ends alone
-    points = [Point(report["samples"], report["score"]) for report in reports]
-    if not points and row["score"] is not None:
+    reports = read_record(row["record"]).reports if row.get("record") else ()
+    points = [Point(report.samples, report.score) for report in reports if report.samples <= row["samples"]]
+    if not points and row["score"] is not None:  # its record lies no longer where it was: the end is known all the same
         points = [Point(row["samples"], row["score"])]
     return TrialView(
         number=row["trial"],
@@ -125,9 +125,11 @@ def _from_tune(folder: str) -> TrialView:
         values = {key: _parse(value) for key, value in settings.items() if key != "number"}
         reports = _read_reports(join(folder, REPORTS_FILE))
         points = sorted(Point(int(report["samples"]), float(report["score"])) for report in reports)
-        total = int(reports[-1]["total_samples"]) if reports else None
-        state = "finished" if points and points[-1].samples == total else "open"
-        return TrialView(int(settings["number"]), values, state, tuple(points), total)
+        last = reports[-1] if reports else {"total_samples": None}
+        state = "finished" if points and points[-1].samples == last["total_samples"] else "open"
+        return TrialView(
+            int(settings["number"]), values, state, tuple(points), last["total_samples"], seconds=last.get("seconds")
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise SearchPageError(f"{where} and what lies beside it are not of a trial of ours ({error!r})") from None
 
