@@ -89,6 +89,6 @@ def _explain(item: Any) -> str:
         return f"{key}.kind: {item['ctx']['tag']!r} is not one of {item['ctx']['expected_tags']}"
     if key == "config" or message.startswith((f"{key}.", f"{key}=")):  # a check of ours, which names its keys itself
         return message
-    if item["loc"][:1] == ("stores",):  # what was given may be a secret in the wrong place
+    if item["loc"][:1] == ("stores",) or "tracking" in item["loc"]:  # what was given may be a secret in the wrong place
         return f"{key}: {message}"
     return f"{key}: {message} (got {item.get('input')!r})"

@@ -47,6 +47,10 @@ class Report(BaseModel):
     seconds: float
     retrieval: float | None = None
 
+    def told(self) -> dict[str, Any]:
+        """The report as Tune takes it. TensorBoard and trackers draw over what it calls `timesteps_total`: training rows."""
+        return {**self.model_dump(), "timesteps_total": self.samples}
+
 
 class TrialRecord(BaseModel):
     """Everything that a trial has reported, in order, and why it failed where it did."""

@@ -28,6 +28,7 @@ from urbanclip_ray.search_scheduling import Budget, count_concurrent, make_sched
 from urbanclip_ray.search_space import Trial, measure_content, plan_trials, trial_with, upstream_variants, variant_of
 from urbanclip_ray.searchers import TrialSearcher, read_values
 from urbanclip_ray.storage import Dataset, Publication, dataset_uri, delete_folder, digest, find_dataset, join, publish, resolve
+from urbanclip_ray.tracking import make_callbacks
 from urbanclip_ray.train.launch import pretrain
 
 DRIVER_MEMORY_BYTES = 512 * 2**20  # what a trial's driver asks for: a CPU of its own would be missing to its ranks
@@ -158,6 +159,7 @@ def _run_tune(
             storage_path=path,
             storage_filesystem=filesystem,
             verbose=0,
+            callbacks=make_callbacks(config, publication),
             stop=budget,
             failure_config=ray.tune.FailureConfig(max_failures=config.tune.max_retries),  # of a driver that dies
         ),
@@ -173,7 +175,7 @@ def run_trial(job: TrialJob) -> None:
     """
     record = read_record(job.uri)
     for report in record.reports:
-        ray.tune.report(report.model_dump())
+        ray.tune.report(report.told())
     if record.failure is not None:
         return
     if find_dataset(job.uri) is not None:

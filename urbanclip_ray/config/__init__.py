@@ -45,6 +45,7 @@ from urbanclip_ray.config.sources import (
     WorldSource,
 )
 from urbanclip_ray.config.stores import StoreConfig
+from urbanclip_ray.config.tracking import TrackingConfig
 from urbanclip_ray.config.training import HUB, AugmentConfig, ModelConfig, ModelPart, ResourcesConfig, StepCut, TrainConfig
 
 __all__ = [
@@ -88,6 +89,7 @@ __all__ = [
     "StepCut",
     "StoreConfig",
     "Target",
+    "TrackingConfig",
     "TrainConfig",
     "TuneConfig",
     "UrbanClipSource",

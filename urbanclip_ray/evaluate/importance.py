@@ -130,7 +130,5 @@ def _by_forest(columns: dict[str, Column], scores: np.ndarray) -> tuple[list[Key
         )
         growth += found.importances_mean * len(test)
     variance = float(((scores - scores.mean()) ** 2).sum())
-    keys = [
-        KeyImportance(key, max(0.0, float(own / variance)), None, 0) for key, own in zip(columns, growth, strict=True)
-    ]
+    keys = [KeyImportance(key, max(0.0, float(own / variance)), None, 0) for key, own in zip(columns, growth, strict=True)]
     return keys, 1 - error / variance

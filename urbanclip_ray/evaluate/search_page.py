@@ -146,7 +146,8 @@ def _lead(search: SearchView) -> str:
     rows = sum(trial.samples for trial in search.trials)
     metric = METRIC_NAMES.get(search.metric, search.metric)
     begun = "Trials begun so far" if search.dataset is None else "Trials"
-    return f"{begun}: {len(search.trials)} ({', '.join(parts)}), {rows:,} training rows in all. The score is the {metric} on validation tiles."
+    lead = f"{begun}: {len(search.trials)} ({', '.join(parts)}), {rows:,} training rows in all."
+    return f"{lead} The score is the {metric} on validation tiles."
 
 
 def _best(trials: Sequence[TrialView], base: TrialView) -> Json | None:
@@ -201,11 +202,11 @@ def _probe_row(probe: Json) -> Json:
 def _importance_note(importance: Importance) -> str:
     if not importance.keys:
         return importance.reason or "No key has two values among the trials that have reported."
-    compared = f"{importance.num_trials} trials, compared after about {importance.samples:,} training rows each, where the shortest ended"
+    compared = f"{importance.num_trials} trials, compared after about {importance.samples:,} training rows each"
     if importance.method == "rank correlation":
         method = (
-            "Rank correlation of a key's values with the score (Spearman's ρ without its sign; the correlation ratio of ranks for "
-            "values that are no numbers), one key at a time. A bar that does not reach its mark may well be chance alone."
+            "Rank correlation of a key's values with the score (Spearman's ρ without its sign; the correlation ratio of ranks "
+            "for values that are no numbers), one key at a time. A bar that does not reach its mark may well be chance alone."
         )
     else:
         method = (
@@ -214,6 +215,6 @@ def _importance_note(importance: Importance) -> str:
             + ("." if importance.skill is not None and importance.skill > 0.1 else ": too little for its bars to mean much.")
         )
     return (
-        f"{method} From {compared}. It holds for the ranges that were searched; what matters later in a run, or only together "
+        f"{method} From {compared}, where the shortest ended. It holds for the ranges that were searched; what matters later in a run, or only together "
         "with another key, may not show."
     )

@@ -1,8 +1,8 @@
 """Figures of a search's page: its trials in parallel coordinates, their curves, what mattered, and score against cost.
 
-Parallel coordinates are lines of an ordinary plot: plotly's own kind draws with WebGL, whose library makes code at run time, and
-the page's content security policy allows none. Every trace of a trial has its number as `meta`, by which the page finds it in
-all plots.
+Parallel coordinates are lines of an ordinary plot: plotly's own kind draws with WebGL, whose library makes code at run time,
+and the page's content security policy allows none. Every trace of a trial has its number as `meta`, by which the page finds it
+in all plots.
 """
 
 from __future__ import annotations

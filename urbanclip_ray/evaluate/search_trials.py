@@ -30,7 +30,7 @@ class Point(NamedTuple):
 
 
 class TrialView(NamedTuple):
-    """One trial. `state` is finished, stopped or failed; "open" while it cannot be told whether it was stopped or still runs."""
+    """One trial. `state` is finished, stopped, failed, or open: while a search runs, a stopped trial looks like one that goes on."""
 
     number: int
     values: Json
