@@ -184,6 +184,12 @@ def _row(result: TrialResult) -> dict[str, Any]:
     }
 
 
+def look_meanwhile(uri: str) -> str:
+    """How to watch a search that runs, from any machine that reaches its storage."""
+    events, page = shlex.join(["tensorboard", "--logdir", join(uri, EVENTS_FOLDER)]), shlex.join(["--tune", uri])
+    return f"while it runs: {events}\n           or: python jobs/report.py {page}"
+
+
 def show_search(search: Dataset, console: Console) -> None:
     """Print the trials, the best one as `--set` items, and what the scores must not be used for."""
     rows = search.read().sort_by("trial").to_pylist()

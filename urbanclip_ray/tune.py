@@ -23,7 +23,15 @@ from urbanclip_ray.evaluate.validation_score import ProbeRows, choose_rows
 from urbanclip_ray.probe_search import search_probes
 from urbanclip_ray.remote_errors import explain_error
 from urbanclip_ray.report_score import ReportScore
-from urbanclip_ray.search_results import EVENTS_FOLDER, TrialRecord, TrialResult, publish_results, read_record, write_record
+from urbanclip_ray.search_results import (
+    EVENTS_FOLDER,
+    TrialRecord,
+    TrialResult,
+    look_meanwhile,
+    publish_results,
+    read_record,
+    write_record,
+)
 from urbanclip_ray.search_scheduling import Budget, count_concurrent, make_scheduler, training_rows
 from urbanclip_ray.search_space import Trial, measure_content, plan_trials, trial_with, upstream_variants, variant_of
 from urbanclip_ray.searchers import TrialSearcher, read_values
@@ -102,6 +110,7 @@ def run_search(config: RunConfig, shards: Sequence[Dataset], labels: Dataset, pu
     dataflow.connect()
     budget = Budget(config.tune.max_samples, config.tune.max_minutes)
     searcher = TrialSearcher(config, publication.uri, lambda: budget.samples_are_spent)
+    print(look_meanwhile(publication.uri), flush=True)
     errors = _run_tune(maker, searcher, scheduler, budget, publication)
     stopped = getattr(scheduler, "stopped", {}) | budget.stopped
     is_over = budget.samples_are_spent or budget.minutes_are_spent

@@ -16,7 +16,7 @@ from urbanclip_ray.evaluate.search_trials import TrialView
 FEWEST_TRIALS = 6  # fewer trials order by chance as they like: of 5, one key in 60 orders all without any effect
 FOREST_TRIALS = 30  # of fewer, a fifth held out says nothing
 NUM_SHUFFLES = 1000
-NUM_TREES = 200
+NUM_TREES = 100
 NUM_FOLDS = 5
 
 
@@ -126,7 +126,7 @@ def _by_forest(columns: dict[str, Column], scores: np.ndarray) -> tuple[list[Key
         forest = RandomForestRegressor(NUM_TREES, min_samples_leaf=2, random_state=0).fit(x[train], scores[train])
         error += float(((forest.predict(x[test]) - scores[test]) ** 2).sum())
         found = permutation_importance(
-            forest, x[test], scores[test], scoring="neg_mean_squared_error", n_repeats=20, random_state=0
+            forest, x[test], scores[test], scoring="neg_mean_squared_error", n_repeats=10, random_state=0
         )
         growth += found.importances_mean * len(test)
     variance = float(((scores - scores.mean()) ** 2).sum())

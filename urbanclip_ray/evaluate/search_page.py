@@ -35,17 +35,17 @@ def write_search_page(uri: str, output: str = "") -> str:
     """
     search = read_search(find_search(uri))
     output = output or storage.join(search.uri, "report")
-    record = make_record(search)
+    importance = measure_importance(search.trials)
+    record = make_record(search, importance)
     page = storage.join(output, "search.html")
-    storage.write_bytes(page, _page(search, record).encode())
+    storage.write_bytes(page, _page(search, record, importance).encode())
     storage.write_bytes(storage.join(output, "trials.csv"), as_csv([_flat(trial) for trial in ranked(search.trials)]))
     storage.write_bytes(storage.join(output, "search.json"), json.dumps(record, indent=1, ensure_ascii=False).encode())
     return page
 
 
-def make_record(search: SearchView) -> Json:
+def make_record(search: SearchView, importance: Importance) -> Json:
     """What the page says, as JSON."""
-    importance = measure_importance(search.trials)
     return {
         "search": search.uri,
         "running": search.dataset is None,
@@ -96,10 +96,9 @@ def _flat(trial: TrialView) -> Json:
     }
 
 
-def _page(search: SearchView, record: Json) -> str:
+def _page(search: SearchView, record: Json, importance: Importance) -> str:
     trials, base = ranked(search.trials), search.trials[0]
     scores = search_plots.score_range([trial.score for trial in trials if trial.score is not None])
-    importance = measure_importance(search.trials)
     figures = {
         "coordinates": search_plots.parallel_coordinates(trials, scores),
         "curves": search_plots.score_curves(search.trials, scores),
@@ -215,6 +214,6 @@ def _importance_note(importance: Importance) -> str:
             + ("." if importance.skill is not None and importance.skill > 0.1 else ": too little for its bars to mean much.")
         )
     return (
-        f"{method} From {compared}, where the shortest ended. It holds for the ranges that were searched; what matters later in a run, or only together "
-        "with another key, may not show."
+        f"{method} From {compared}, where the shortest ended. It holds for the ranges that were searched; what matters later in a "
+        "run, or only together with another key, may not show."
     )

@@ -98,7 +98,7 @@ def round_ticks(low: float, high: float) -> list[float]:
 def log_ticks(low: float, high: float) -> list[float]:
     """One, two and five times powers of ten; the powers alone where these are many."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    mantissas = (1, 2, 5) if high / low < 10**3 else (1,)
+    mantissas = (1, 2, 5) if high / low < 50 else (1,)
     return [tick for power in powers for mantissa in mantissas if low <= (tick := mantissa * 10.0**power) <= high]
 
 

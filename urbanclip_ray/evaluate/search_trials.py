@@ -30,7 +30,9 @@ class Point(NamedTuple):
 
 
 class TrialView(NamedTuple):
-    """One trial. `state` is finished, stopped, failed, or open: while a search runs, a stopped trial looks like one that goes on."""
+    """One trial. `state` is finished, stopped, failed, or open: while a search runs, one that was stopped looks like one that is
+    still running.
+    """
 
     number: int
     values: Json
