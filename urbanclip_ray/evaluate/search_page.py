@@ -211,7 +211,7 @@ def _importance_note(importance: Importance) -> str:
         method = (
             "How much the error of a random forest grows on trials that it was not fitted to, when a key's values are shuffled "
             f"among them, in shares of the scores' variance. The forest explains {importance.skill:.0%} of that variance there"
-            + ("." if importance.skill is not None and importance.skill > 0.1 else ": too little for its bars to mean much.")
+            + ("." if importance.skill is not None and importance.skill > 0.1 else ": too little for bars to mean much.")
         )
     return (
         f"{method} From {compared}, where the shortest ended. It holds for the ranges that were searched; what matters later in a "
