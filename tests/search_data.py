@@ -10,7 +10,15 @@ from typing import Any
 from urbanclip_ray.config import RunConfig
 from urbanclip_ray.overrides import apply_overrides
 from urbanclip_ray.recipes import load_recipe
-from urbanclip_ray.search_results import EVENTS_FOLDER, Report, TrialRecord, TrialResult, publish_results, write_record
+from urbanclip_ray.search_results import (
+    EVENTS_FOLDER,
+    ProbeResult,
+    Report,
+    TrialRecord,
+    TrialResult,
+    publish_results,
+    write_record,
+)
 from urbanclip_ray.search_space import Trial, plan_trials
 from urbanclip_ray.storage import join, publish
 
@@ -39,11 +47,11 @@ def result_of(run: str, trial: Trial, scores: Sequence[float], failure: str | No
     return TrialResult(trial, record, state, uri)
 
 
-def publish_search(run: str, config: RunConfig, results: Sequence[TrialResult]) -> str:
+def publish_search(run: str, config: RunConfig, results: Sequence[TrialResult], probes: Sequence[ProbeResult] = ()) -> str:
     """A finished search of the run."""
     uri = join(run, "search", "0123abcd")
     with publish(uri, "search", {"tune": config.tune.content()}, {}) as publication:
-        publish_results(results, publication)
+        publish_results(config, results, probes, publication)
     return uri
 
 

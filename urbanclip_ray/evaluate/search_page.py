@@ -19,13 +19,16 @@ from urbanclip_ray.evaluate.importance import Importance, measure_importance
 from urbanclip_ray.evaluate.page import as_csv, read_template, render_page
 from urbanclip_ray.evaluate.search_plots import STATE_NAMES, short
 from urbanclip_ray.evaluate.search_trials import SearchView, TrialView, find_search, read_search
-from urbanclip_ray.search_results import CAUTION
+from urbanclip_ray.search_results import CAUTION, PROBES_FILE, WINNER_FILE
 
 Json = dict[str, Any]
 
-METRIC_NAMES = {"mean_r2": "mean R² of the indicators", "min_r2": "lowest R² of the indicators"}
-MOST_ROWS = 100  # of the table; trials.csv has all
-PROBES_FILE, WINNER_FILE = "probes.json", "winner.yaml"  # a search has them where it has got so far
+METRIC_NAMES = {
+    "mean_r2": "mean R² of the indicators",
+    "min_r2": "lowest R² of the indicators",
+    "retrieval": "mean R@10 of images and texts",
+}
+MOST_ROWS, MOST_PROBES = 100, 20  # of the tables; trials.csv and search.json have all
 
 
 def write_search_page(uri: str, output: str = "") -> str:
@@ -120,7 +123,7 @@ def _page(search: SearchView, record: Json, importance: Importance) -> str:
         num_more=max(0, len(trials) - MOST_ROWS),
         importance=importance,
         importance_note=_importance_note(importance),
-        probes=[_probe_row(probe) for probe in record["probes"][:10]],
+        probes=[_probe_row(probe) for probe in record["probes"][:MOST_PROBES]],
         figures=figures,
         config_json=json.dumps(search.dataset.manifest.config, indent=2) if search.dataset else "",
         maps={"tiles": {"ids": [], "thumb": []}, "areas": [], "panels": [], "scales": {}, "sheets": {}},
@@ -194,8 +197,8 @@ def _score(score: float | None) -> str:
 
 
 def _probe_row(probe: Json) -> Json:
-    options = shlex.join(part for key, value in probe["values"].items() for part in ("--set", f"{key}={json.dumps(value)}"))
-    return {"trial": probe["trial"], "score": _score(probe["score"]), "options": options}
+    options = shlex.join(part for item in probe["set"] for part in ("--set", item))
+    return {"trial": probe["trial"], "score": _score(probe["score"]), "options": options or "as it is"}
 
 
 def _importance_note(importance: Importance) -> str:
@@ -214,6 +217,6 @@ def _importance_note(importance: Importance) -> str:
             + ("." if importance.skill is not None and importance.skill > 0.1 else ": too little for bars to mean much.")
         )
     return (
-        f"{method} From {compared}, where the shortest ended. It holds for the ranges that were searched; what matters later in a "
-        "run, or only together with another key, may not show."
+        f"{method} From {compared}, where the shortest ended. It holds for the ranges that were searched; what matters later "
+        "in a run, or only together with another key, may not show."
     )

@@ -30,8 +30,8 @@ class Point(NamedTuple):
 
 
 class TrialView(NamedTuple):
-    """One trial. `state` is finished, stopped, failed, or open: while a search runs, one that was stopped looks like one that is
-    still running.
+    """One trial. `state` is finished, stopped, failed, or open: while a search runs, one that was stopped looks like one that
+    is still running.
     """
 
     number: int
@@ -126,7 +126,8 @@ def _from_tune(folder: str) -> TrialView:
         settings = json.loads(read_bytes(where))["trial"]
         values = {key: _parse(value) for key, value in settings.items() if key != "number"}
         reports = _read_reports(join(folder, REPORTS_FILE))
-        points = sorted(Point(int(report["samples"]), float(report["score"])) for report in reports)
+        scores = {int(report["samples"]): float(report["score"]) for report in reports}  # a driver tried again repeats some
+        points = [Point(*item) for item in sorted(scores.items())]
         last = reports[-1] if reports else {"total_samples": None}
         state = "finished" if points and points[-1].samples == last["total_samples"] else "open"
         return TrialView(

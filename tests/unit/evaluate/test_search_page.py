@@ -25,8 +25,9 @@ from urbanclip_ray.evaluate.search_plots import (
 )
 from urbanclip_ray.evaluate.search_trials import Point, TrialView, read_search
 from urbanclip_ray.overrides import apply_overrides
-from urbanclip_ray.search_results import publish_results
-from urbanclip_ray.storage import delete_folder, publish
+from urbanclip_ray.recipe_files import read_recipe_file
+from urbanclip_ray.search_results import ProbeResult
+from urbanclip_ray.storage import delete_folder
 
 
 def text_of(page: str) -> str:
@@ -104,18 +105,27 @@ def test_the_importance_says_its_method_its_bound_and_how_many_trials(tmp_path):
     assert re.search(r"The forest explains \d+% of that variance there", text)
 
 
-def test_probe_settings_and_a_recipe_file_are_shown_where_a_search_has_them(tmp_path):
+def test_probe_settings_and_the_recipe_file_of_the_winner_are_shown(tmp_path):
     config, trials = demo_trials(2)
     run = str(tmp_path / "run")
-    uri = f"{run}/search/feed"
-    with publish(uri, "search", {"tune": config.tune.content()}, {}) as publication:
-        publish_results([result_of(run, trial, [0.1, 0.2, 0.3]) for trial in trials], publication)
-        probes = [{"trial": 1, "values": {"probe.mlp_width": width}, "score": width / 100} for width in (16, 64)]
-        publication.write_file("probes.json", json.dumps(probes).encode())
-        publication.write_file("winner.yaml", b"{}")
-    page = write_search_page(uri)
-    assert "1 0.640 --set probe.mlp_width=64 1 0.160" in text_of(page)
-    assert re.search(r"--recipe \S+/search/feed/data-\w+/winner\.yaml", text_of(page))
+    results = [result_of(run, trial, [0.1, 0.2, 0.3]) for trial in trials]
+    probes = [
+        ProbeResult(1, {"probe.mlp_hidden": width}, (f"probe.mlp_hidden={width}",), width / 100, {"gdp": width / 100}, 1.5)
+        for width in (16, 64)
+    ]
+    page = write_search_page(publish_search(run, config, results, probes))
+    assert "1 0.640 --set probe.mlp_hidden=64 1 0.160" in text_of(page)
+    (recipe,) = re.findall(r"--recipe (\S+/winner\.yaml)", text_of(page))
+    assert read_recipe_file(recipe).train == trials[0].config.train  # equal scores: the recipe as it stands
+
+
+def test_a_search_of_probe_settings_alone_is_a_page_too(tmp_path):
+    config, trials = demo_trials(2)
+    run = str(tmp_path / "run")
+    alone = trials[0]._replace(values={})
+    probes = [ProbeResult(0, {"probe.mlp_hidden": 16}, (), 0.5, {"gdp": 0.5}, 1.5)]
+    page = write_search_page(publish_search(run, config, [result_of(run, alone, [0.1, 0.2, 0.3])], probes))
+    assert "0 0.500 as it is" in text_of(page)
 
 
 def test_hostile_values_and_errors_are_text(tmp_path):
