@@ -88,7 +88,7 @@ def run_report(description: str | None) -> None:
         if arguments.tune:
             print(f"the search of {names[0]}: {write_search_page(uris[0], output)}")
         else:
-            _, page = compare_runs(*uris, output or join(uris[1], f"compare_{names[0]}"))
+            _, page = compare_runs(uris[0], uris[1], output or join(uris[1], f"compare_{names[0]}"))
             print(f"{names[1]} against {names[0]}: {page}")
 
 

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import mlflow
 import pytest
-import ray
 from mlflow_server import find_server, start_server
 from small_run import ROOT, city_options, stdout_of, write_city
 
@@ -70,16 +69,15 @@ def s3(s3_server) -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory, ray_cluster, s3, mlflow_server) -> Watched:
+def watched(tmp_path_factory, s3, mlflow_server) -> Watched:
     root = tmp_path_factory.mktemp("watched")
     options = city_options(write_city(root / "city"), f"s3://{BUCKET}/runs")
     options += [part for item in (*SETTINGS, f"tune.tracking.mlflow={mlflow_server}") for part in ("--set", item)]
     run, meanwhile = f"s3://{BUCKET}/runs/tiny_test", {}
-    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     command = [sys.executable, str(ROOT / "jobs" / "tune.py"), *options]
     log = root / "search.log"
     with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, cwd=ROOT)  # with a Ray of its own
     try:
         wait_for(lambda: "while it runs: tensorboard" in log.read_text(), process, log)
         (command_line,) = [line for line in log.read_text().splitlines() if line.startswith("while it runs: ")]
