@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from pathlib import Path
 
 ENVIRONMENT = Path(__file__).parents[1] / ".mlflow"
 PACKAGE = "mlflow>=3.17,<4"  # what the extra `tracking` has the client of
-START_TIMEOUT_S = 180
+START_TIMEOUT_S, STOP_TIMEOUT_S = 400, 30  # of a busy machine: it imports much
 
 
 def find_server() -> Path | None:
@@ -34,7 +36,7 @@ def start_server(folder: Path) -> Iterator[str]:
     command = [str(find_server()), "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")]
     with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, cwd=folder)
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, cwd=folder, start_new_session=True)
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not _answers(uri):
@@ -43,8 +45,12 @@ def start_server(folder: Path) -> Iterator[str]:
             time.sleep(0.2)
         yield uri
     finally:
-        process.terminate()  # it ends its workers
-        process.wait(timeout=30)
+        os.killpg(process.pid, signal.SIGTERM)  # its workers too
+        try:
+            process.wait(timeout=STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _answers(uri: str) -> bool:
