@@ -10,7 +10,7 @@ S3_PORT ?= 7480
 help:
 	@echo "make demo      install, then run the whole walk on real imagery; writes runs/demo/report/report.html"
 	@echo "make test      install, then run the tests (without those marked slow)"
-	@echo "make test-all  every test; installs an S3 server (Ceph's gateway) and Chromium for them where there is none"
+	@echo "make test-all  every test; installs an S3 server (Ceph's gateway), Chromium and an MLflow server for them"
 	@echo "make faults    kill ranks and nodes of real runs, with storage on the S3 server"
 	@echo "make bench     measure; writes runs/bench.json and prints a table (see tests/benchmarks/README.md)"
 	@echo "make s3        start an S3 server on this machine and say how to use it; make s3-stop ends it"
@@ -37,7 +37,8 @@ test: $(STAMP) lint
 test-all: $(STAMP) lint
 	$(BIN)/python tests/s3_server.py install
 	$(BIN)/python tests/chromium.py install
-	URBANCLIP_RAY_NEEDS_S3=1 URBANCLIP_RAY_NEEDS_BROWSER=1 $(BIN)/python -m pytest -m "not fault"
+	$(BIN)/python tests/mlflow_server.py install
+	URBANCLIP_RAY_NEEDS_S3=1 URBANCLIP_RAY_NEEDS_BROWSER=1 URBANCLIP_RAY_NEEDS_MLFLOW=1 $(BIN)/python -m pytest -m "not fault"
 
 faults: $(STAMP)
 	$(BIN)/python tests/s3_server.py install

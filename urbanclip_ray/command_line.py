@@ -62,24 +62,34 @@ def run_job(description: str | None, sections: Sequence[str], stages: Sequence[s
 
 
 def run_report(description: str | None) -> None:
-    """The report of a recipe's run, or with --runs the comparison of two runs that are finished."""
-    if "--runs" not in sys.argv:
+    """The report of a recipe's run; with --runs the comparison of two runs, with --tune the page of a search."""
+    if not {"--runs", "--tune"} & {argument.partition("=")[0] for argument in sys.argv}:
         run_job(description, sections=["report"], stages=["report"])
         return
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs=2, metavar=("FIRST", "SECOND"), help="two runs: names in --storage, or URIs")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--runs", nargs=2, metavar=("FIRST", "SECOND"), help="two runs: names in --storage, or URIs")
+    asked.add_argument("--tune", metavar="RUN", help="a run of jobs/tune.py, or the folder of one search of it: likewise")
     parser.add_argument("--storage", metavar="URI", default=RunConfig().storage, help="where the runs are")
-    parser.add_argument("--output", metavar="URI", help="where the comparison goes (default: beside the second run's datasets)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="`stores` of S3, as other jobs take it")
+    parser.add_argument("--output", metavar="URI", help="where the page goes (default: beside the datasets that it is made of)")
     arguments = parser.parse_args()
     with errors_in_one_line():
         from urbanclip_ray.evaluate.compare import compare_runs
+        from urbanclip_ray.evaluate.search_page import write_search_page
+        from urbanclip_ray.filesystems import use_stores
         from urbanclip_ray.storage import absolute, join
 
-        first, second = (absolute(name if "/" in name else join(arguments.storage, name)) for name in arguments.runs)
-        names = [uri.rstrip("/").rsplit("/", 1)[-1] for uri in (first, second)]
-        output = arguments.output or join(second, f"compare_{names[0]}")
-        _, page = compare_runs(first, second, absolute(output))
-        print(f"{names[1]} against {names[0]}: {page}")
+        use_stores(apply_overrides(RunConfig(), arguments.set).stores)
+        named = arguments.runs or [arguments.tune]
+        uris = [absolute(name if "/" in name else join(arguments.storage, name)).rstrip("/") for name in named]
+        names = [uri.rsplit("/", 1)[-1] for uri in uris]
+        output = absolute(arguments.output) if arguments.output else ""
+        if arguments.tune:
+            print(f"the search of {names[0]}: {write_search_page(uris[0], output)}")
+        else:
+            _, page = compare_runs(uris[0], uris[1], output or join(uris[1], f"compare_{names[0]}"))
+            print(f"{names[1]} against {names[0]}: {page}")
 
 
 def run_search(description: str | None) -> None:

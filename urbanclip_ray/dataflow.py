@@ -68,7 +68,7 @@ def _join(address: str) -> None:
     environment = {"env_vars": settings} if settings else None  # without one, workers start quicker
     try:
         _refuse_silence(address)
-        ray.init(address=address, runtime_env=environment)
+        dashboard = ray.init(address=address, runtime_env=environment).dashboard_url
     except ray.exceptions.AuthenticationError as error:
         raise ClusterError(f"RAY_ADDRESS={address} asks for a token: {error.message}; {ACCESS_FIX}") from None
     except ConnectionError as error:
@@ -76,6 +76,8 @@ def _join(address: str) -> None:
             f"no Ray cluster can be joined at RAY_ADDRESS={address} ({error}): correct the address, or unset it to start a "
             f"Ray on this machine; where the cluster asks for a token, {ACCESS_FIX}"
         ) from None
+    if dashboard:
+        print(f"Ray's dashboard: http://{dashboard}", flush=True)
 
 
 def _refuse_other_stores() -> None:

@@ -90,6 +90,7 @@ def _explain(item: Any) -> str:
     if key == "config" or message.startswith((f"{key}.", f"{key}=")):  # a check of ours, which names its keys itself
         return message
     is_section = item["type"] == "value_error" and isinstance(item.get("input"), dict)  # all its keys, which nobody would read
-    if is_section or item["loc"][:1] == ("stores",):  # what was given there may be a secret in the wrong place
+    # what was given to stores and tracking may be a secret in the wrong place
+    if is_section or item["loc"][:1] == ("stores",) or "tracking" in item["loc"]:
         return f"{key}: {message}"
     return f"{key}: {message} (got {item.get('input')!r})"

@@ -58,7 +58,7 @@ class ReportScore:
             write_record(self._uri, read_record(self._uri).with_report(report))
             print(shown_report(self._number, report, self._tune.metric), flush=True)
         logging.getLogger(ray_train_context.__file__).setLevel(logging.WARNING)  # or every rank prints every report
-        ray.train.report(report.model_dump())
+        ray.train.report(report.told())
 
 
 def mean_recall(rank: Rank, config: RunConfig) -> float:

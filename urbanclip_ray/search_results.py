@@ -23,6 +23,7 @@ from urbanclip_ray.storage import Dataset, Publication, StorageError, join, read
 
 RECORD_FILE, VECTORS_FILE = "reports.json", "judged_vectors.npy"  # of a trial
 BEST_FILE, PROBES_FILE, WINNER_FILE = "best.json", "probes.json", "winner.yaml"  # of a search
+EVENTS_FOLDER = "ray_tune"  # TensorBoard events with HParams, and what else Tune writes of a trial
 CAUTION = (
     "These scores are of the validation tiles that chose the trial and its probe, so they are optimistic, the best one most of "
     "all: never quote them as a result. Quote the winner's score on test tiles, which no trial looks at."
@@ -45,6 +46,10 @@ class Report(BaseModel):
     r2: dict[str, float]
     seconds: float
     retrieval: float | None = None
+
+    def told(self) -> dict[str, Any]:
+        """The report as Tune takes it. TensorBoard and trackers draw over what it calls `timesteps_total`: training rows."""
+        return {**self.model_dump(), "timesteps_total": self.samples}
 
 
 class TrialRecord(BaseModel):
@@ -177,6 +182,12 @@ def _row(result: TrialResult) -> dict[str, Any]:
         "seconds": reports[-1].seconds if reports else None,
         "record": result.uri,
     }
+
+
+def look_meanwhile(uri: str) -> str:
+    """How to watch a search that runs, from any machine that reaches its storage."""
+    events, page = shlex.join(["tensorboard", "--logdir", join(uri, EVENTS_FOLDER)]), shlex.join(["--tune", uri])
+    return f"while it runs: {events}\n           or: python jobs/report.py {page}"
 
 
 def show_search(search: Dataset, console: Console) -> None:

@@ -70,9 +70,12 @@ def _search_content(run: Run) -> dict[str, Any]:
 
 def check_search(run: Run) -> None:
     """Raise ConfigError, before anything is made, for a search that cannot be run."""
+    from urbanclip_ray.tracking import check_tracking  # imports Ray
+
     plan_trials(run.config)
     plan_probes(run.config)
     upstream_variants(run.config)
+    check_tracking(run.config.tune.tracking)
     if not run.has_labels:
         raise ConfigError("a search needs indicators to judge its trials by: bring them with the source (source.metadata)")
     if run.config.split.transductive:

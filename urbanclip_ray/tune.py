@@ -23,14 +23,22 @@ from urbanclip_ray.evaluate.validation_score import ProbeRows, choose_rows
 from urbanclip_ray.probe_search import search_probes
 from urbanclip_ray.remote_errors import explain_error
 from urbanclip_ray.report_score import ReportScore
-from urbanclip_ray.search_results import TrialRecord, TrialResult, publish_results, read_record, write_record
+from urbanclip_ray.search_results import (
+    EVENTS_FOLDER,
+    TrialRecord,
+    TrialResult,
+    look_meanwhile,
+    publish_results,
+    read_record,
+    write_record,
+)
 from urbanclip_ray.search_scheduling import Budget, count_concurrent, make_scheduler, training_rows
 from urbanclip_ray.search_space import Trial, measure_content, plan_trials, trial_with, upstream_variants, variant_of
 from urbanclip_ray.searchers import TrialSearcher, read_values
 from urbanclip_ray.storage import Dataset, Publication, dataset_uri, delete_folder, digest, find_dataset, join, publish, resolve
+from urbanclip_ray.tracking import make_callbacks
 from urbanclip_ray.train.launch import pretrain
 
-EVENTS_FOLDER = "ray_tune"  # TensorBoard events with HParams, and what else Tune writes of a trial
 DRIVER_MEMORY_BYTES = 512 * 2**20  # what a trial's driver asks for: a CPU of its own would be missing to its ranks
 
 
@@ -102,6 +110,7 @@ def run_search(config: RunConfig, shards: Sequence[Dataset], labels: Dataset, pu
     dataflow.connect()
     budget = Budget(config.tune.max_samples, config.tune.max_minutes)
     searcher = TrialSearcher(config, publication.uri, lambda: budget.samples_are_spent)
+    print(look_meanwhile(publication.uri), flush=True)
     errors = _run_tune(maker, searcher, scheduler, budget, publication)
     stopped = getattr(scheduler, "stopped", {}) | budget.stopped
     is_over = budget.samples_are_spent or budget.minutes_are_spent
@@ -159,6 +168,7 @@ def _run_tune(
             storage_path=path,
             storage_filesystem=filesystem,
             verbose=0,
+            callbacks=make_callbacks(config, publication),
             stop=budget,
             failure_config=ray.tune.FailureConfig(max_failures=config.tune.max_retries),
         ),
@@ -174,7 +184,7 @@ def run_trial(job: TrialJob) -> None:
     """
     record = read_record(job.uri)
     for report in record.reports:
-        ray.tune.report(report.model_dump())
+        ray.tune.report(report.told())
     if record.failure is not None:
         return
     if find_dataset(job.uri) is not None:

@@ -6,9 +6,10 @@ import json
 import sys
 
 import pytest
+from search_data import make_search
 
 from urbanclip_ray import check, pipeline, plan
-from urbanclip_ray.command_line import Look, build_parser, run_job
+from urbanclip_ray.command_line import Look, build_parser, run_job, run_report
 from urbanclip_ray.config import RunConfig
 from urbanclip_ray.recipes import RECIPES, load_recipe
 from urbanclip_ray.storage import StorageError
@@ -26,7 +27,7 @@ def test_help_lists_recipes_and_the_keys_of_its_sections():
     for key in RunConfig().train.model_dump():
         assert f"\n  train.{key}=" in text
     assert "pixels.crop_left_px=0" in text
-    assert "probe." not in text
+    assert "\n  probe." not in text  # a key; a recipe's own words may name the probe
 
 
 def test_the_stages_are_run_with_the_config_asked_for(monkeypatch):
@@ -137,3 +138,23 @@ def test_a_look_at_the_result_is_shown_the_dataset_too_and_takes_no_limit(monkey
     with pytest.raises(SystemExit):
         run(monkeypatch, "--recipe", "tiny_test", "--quality", "--limit", "3", stages=["pairs"], looks=[look])
     assert "unrecognized arguments: --limit 3" in capsys.readouterr().err
+
+
+def test_the_report_of_a_search_takes_the_name_of_its_run_or_a_uri(monkeypatch, capsys, tmp_path):
+    run = make_search(tmp_path, 2, lambda trial: 0.1 * (1 + trial.number))
+    for options in (
+        ["--tune", "demo_search"],
+        ["--tune", run],
+        [f"--tune={run}/search/0123abcd", "--output", f"{tmp_path}/out"],
+    ):
+        monkeypatch.setattr(sys, "argv", ["report.py", "--storage", str(tmp_path), *options])
+        run_report("A report.")
+    pages = [line.rpartition(": ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert pages == [f"{run}/search/0123abcd/report/search.html"] * 2 + [f"{tmp_path}/out/search.html"]
+
+
+def test_a_report_compares_runs_or_trials_and_not_both(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["report.py", "--runs", "a", "b", "--tune", "c"])
+    with pytest.raises(SystemExit):
+        run_report("A report.")
+    assert "not allowed with argument --runs" in capsys.readouterr().err

@@ -60,6 +60,7 @@ USES_RAY = {
     "urbanclip_ray.report_score",
     "urbanclip_ray.search_scheduling",
     "urbanclip_ray.searchers",
+    "urbanclip_ray.tracking",
     "urbanclip_ray.tune",
 }
 USES_DEEPSPEED = {"urbanclip_ray.train.engine", "urbanclip_ray.train.fragments"}

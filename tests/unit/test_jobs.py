@@ -94,6 +94,7 @@ def test_a_mistake_on_the_command_line_is_one_line_and_no_traceback(arguments, m
             ["--runs", "no_run", "no_other"],
             "error: {storage}/no_run has no run.json: give a run's name in --storage",
         ),
+        ("report.py", ["--tune", "no_run"], "error: {storage}/no_run holds no search: give a run of jobs/tune.py"),
         (
             "export.py",
             ["--recipe", "tiny_test", "--format", "webdataset", "--licence", "CC0-1.0", "--output", "{storage}/out"],

@@ -46,6 +46,7 @@ from urbanclip_ray.config.sources import (
     WorldSource,
 )
 from urbanclip_ray.config.stores import StoreConfig
+from urbanclip_ray.config.tracking import TrackingConfig
 from urbanclip_ray.config.training import HUB, AugmentConfig, ModelConfig, ModelPart, StepCut, TrainConfig
 
 __all__ = [
@@ -92,6 +93,7 @@ __all__ = [
     "StoreConfig",
     "Target",
     "TasksConfig",
+    "TrackingConfig",
     "TrainConfig",
     "TuneConfig",
     "UrbanClipSource",

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from urbanclip_ray.config.section import Section, execution
+from urbanclip_ray.config.tracking import TrackingConfig
 
 
 class Domain(Section):
@@ -99,6 +100,7 @@ class TuneConfig(Section):
     max_val_tiles: int = Field(default=1024, ge=2)
     max_retries: int = execution(1, ge=0)  # of a trial that fails; then it is a row with its error
     max_concurrent: int = execution(0, ge=0)  # trials at a time; 0: as many as the cluster's resources hold
+    tracking: TrackingConfig = execution(TrackingConfig())
 
     @field_validator("spaces")
     @classmethod

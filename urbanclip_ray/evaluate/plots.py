@@ -81,14 +81,14 @@ def score_dots(scores: list[dict[str, Any]], outer: str) -> Figure:
                 "line": {"width": 2, "color": colour},
             },
         )
-    _style(figure, height=96 + 34 * len(methods), left=138)
+    style(figure, height=96 + 34 * len(methods), left=138)
     figure.update_layout(scattermode="group", legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
     figure.add_vline(x=0, line={"width": 1, "color": NEUTRAL})
     figure.update_xaxes(title_text="R² (0: the mean of the test tiles)")
     names = [html.escape(method_name(method)) for method in methods]
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=names[::-1], showgrid=False)
     figure.update_yaxes(range=[-0.6, len(names) - 0.4])
-    return _as_json(figure)
+    return as_json(figure)
 
 
 def difference_dots(rows: list[dict[str, Any]]) -> Figure:
@@ -113,11 +113,11 @@ def difference_dots(rows: list[dict[str, Any]]) -> Figure:
         marker={"size": 10, "color": OUTER_COLOUR},
         hovertemplate="%{y}: %{x:.3f}<extra></extra>",
     )
-    _style(figure, height=96 + 30 * max(1, len(rows)), left=190)
+    style(figure, height=96 + 30 * max(1, len(rows)), left=190)
     figure.add_vline(x=0, line={"width": 1, "color": NEUTRAL})
     figure.update_xaxes(title_text="difference in R²")
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=names[::-1], showgrid=False)
-    return _as_json(figure)
+    return as_json(figure)
 
 
 def truth_scatter(test: pd.DataFrame, space: str) -> Figure:
@@ -143,12 +143,12 @@ def truth_scatter(test: pd.DataFrame, space: str) -> Figure:
         marker={"size": 6, "color": OUTER_COLOUR, "opacity": 0.55},
         hoverinfo="none",
     )
-    _style(figure, height=SCATTER_HEIGHT_PX, left=56)
+    style(figure, height=SCATTER_HEIGHT_PX, left=56)
     figure.update_layout(showlegend=False, hovermode="closest")
     unit = "" if space == "raw" else f" ({html.escape(space)})"
     figure.update_xaxes(title_text=f"truth{unit}", range=ends, constrain="domain")
     figure.update_yaxes(title_text=f"prediction{unit}", range=ends, constrain="domain", scaleanchor="x")
-    return _as_json(figure)
+    return as_json(figure)
 
 
 def significant(value: float) -> float:
@@ -163,17 +163,17 @@ def loss_curves(train: list[dict[str, Any]], validation: list[dict[str, Any]]) -
         _add_curve(figure, train, name, f"{name}, train", {"color": colour, "width": 1.5}, "lines")
         dotted = {"color": colour, "width": 2, "dash": "dot"}
         _add_curve(figure, validation, name, f"{name}, validation", dotted, "lines+markers")
-    _style(figure, height=330, left=56)
-    return _as_json(_over_steps(figure, "loss (nats)"))
+    style(figure, height=330, left=56)
+    return as_json(_over_steps(figure, "loss (nats)"))
 
 
 def learning_rate(train: list[dict[str, Any]]) -> Figure:
     """The learning rate over optimizer steps."""
     figure = go.Figure()
     _add_curve(figure, train, "lr", "learning rate", {"color": OUTER_COLOUR, "width": 2}, "lines")
-    _style(figure, height=330, left=64)
+    style(figure, height=330, left=64)
     figure.update_yaxes(exponentformat="power", rangemode="tozero")
-    return _as_json(_over_steps(figure, "learning rate"))
+    return as_json(_over_steps(figure, "learning rate"))
 
 
 def recall_curves(validation: list[dict[str, Any]], direction: str) -> Figure:
@@ -188,9 +188,9 @@ def recall_curves(validation: list[dict[str, Any]], direction: str) -> Figure:
         _add_curve(figure, validation, key, f"R@{k}", {"color": colour, "width": 2}, "lines+markers")
         _add_curve(figure, chance, "chance", f"R@{k} by chance", {"color": colour, "width": 1, "dash": "dash"}, "lines")
     figure.for_each_trace(lambda trace: trace.update(showlegend="chance" not in trace.name))
-    _style(figure, height=330, left=56)
+    style(figure, height=330, left=56)
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
-    return _as_json(_over_steps(figure, direction.replace("_", " ") + ": share found"))
+    return as_json(_over_steps(figure, direction.replace("_", " ") + ": share found"))
 
 
 def _add_curve(figure: go.Figure, rows: list[dict[str, Any]], key: str, name: str, line: dict[str, Any], mode: str) -> None:
@@ -211,7 +211,8 @@ def _over_steps(figure: go.Figure, value: str) -> go.Figure:
     return figure
 
 
-def _style(figure: go.Figure, *, height: int, left: int) -> None:
+def style(figure: go.Figure, *, height: int, left: int) -> None:
+    """What all plots of pages look like; margins and height in px."""
     figure.update_layout(
         template=None,
         height=height,
@@ -226,6 +227,7 @@ def _style(figure: go.Figure, *, height: int, left: int) -> None:
     figure.update_yaxes(gridcolor=GRID, title_font_size=13, zeroline=False, linecolor=NEUTRAL, automargin=True)
 
 
-def _as_json(figure: go.Figure) -> Figure:
+def as_json(figure: go.Figure) -> Figure:
+    """The figure as the page takes it."""
     tree: Figure = json.loads(figure.to_json())
     return tree

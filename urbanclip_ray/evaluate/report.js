@@ -260,9 +260,14 @@ async function drawPlot(place) {
   const { data, layout } = figures[place.dataset.figure];
   layout.font = { ...layout.font, color: ink("--ink") };
   layout.hoverlabel = { align: "left" };
+  for (const note of layout.annotations ?? []) note.bgcolor = ink("--paper"); // lines pass behind words
   place.dataset.drawn = "begun";
   await Plotly.newPlot(place, data, layout, PLOT_OPTIONS);
   place.dataset.drawn = "yes";
+  if (place.dataset.linked !== undefined) {
+    place.on("plotly_hover", ({ points: [point] }) => pointOut(point.data.meta));
+    place.on("plotly_unhover", () => pointOut(null));
+  }
   if (place.dataset.panel === undefined) return;
   const panel = maps.panels[place.dataset.panel];
   place.on("plotly_hover", ({ points: [point], event }) => {
@@ -270,6 +275,20 @@ async function drawPlot(place) {
     if (row !== undefined) showTip(panel.tile[row], describe(panel, row), event.clientX, event.clientY);
   });
   place.on("plotly_unhover", hideTip);
+}
+
+// One trial of a search in all plots and in the table: the others fade. Without a number all are as they were.
+function pointOut(trial = null) {
+  for (const place of document.querySelectorAll('.plot[data-linked][data-drawn="yes"]')) {
+    const fades = place.data.map(({ meta }) => (trial === null || meta === undefined || meta === trial ? 1 : 0.12));
+    if (fades.length) Plotly.restyle(place, { opacity: fades });
+  }
+  for (const row of document.querySelectorAll("tr[data-trial]")) row.classList.toggle("pointed", row.dataset.trial === String(trial));
+}
+
+for (const row of document.querySelectorAll("tr[data-trial]")) {
+  row.addEventListener("pointerenter", () => pointOut(Number(row.dataset.trial)));
+  row.addEventListener("pointerleave", () => pointOut());
 }
 
 async function draw(place) {
@@ -330,7 +349,10 @@ addEventListener("resize", () => {
   }, 100);
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
-  for (const place of document.querySelectorAll('.plot[data-drawn="yes"]')) Plotly.relayout(place, { "font.color": ink("--ink") });
+  for (const place of document.querySelectorAll('.plot[data-drawn="yes"]')) {
+    const annotations = place.layout.annotations?.map((note) => ({ ...note, bgcolor: ink("--paper") }));
+    Plotly.relayout(place, { "font.color": ink("--ink"), ...(annotations && { annotations }) });
+  }
   for (const canvas of document.querySelectorAll("canvas.map[data-drawn]")) if (canvas.offsetParent !== null) drawMap(canvas);
 });
 
