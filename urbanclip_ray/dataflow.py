@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import ray.data
 from ray.data.block import Block, BlockAccessor
@@ -20,6 +19,7 @@ from ray.data.datasource.datasink import TaskContext
 from urbanclip_ray.config import ConfigError
 from urbanclip_ray.errors import UserError
 from urbanclip_ray.filesystems import STORES_VARIABLE, stores_environment
+from urbanclip_ray.parquet_files import open_parquet, write_parquet
 from urbanclip_ray.storage import Dataset, Publication, explain_os_error, join, resolve
 
 ACCESS_FIX = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file that holds the cluster's token"
@@ -141,13 +141,12 @@ def _read(
 
     def read_file(batch: pa.Table) -> Iterator[pa.Table]:
         for path in batch["path"].to_pylist():
-            with filesystem.open_input_file(path) as stream:
-                file = pq.ParquetFile(stream)
-                if rows_per_batch is None or file.metadata.num_rows == 0:
+            with open_parquet(filesystem, path) as file:
+                if rows_per_batch is None or file.num_rows == 0:
                     yield function(file.read(columns))
                     continue
-                for rows in file.iter_batches(batch_size=rows_per_batch, columns=columns):
-                    yield function(pa.Table.from_batches([rows]))
+                for rows in file.batches(columns, rows_per_batch):
+                    yield function(rows)
 
     return paths_of(dataset, num_tasks).map_batches(read_file, batch_size=None, batch_format="pyarrow", **options)
 
@@ -218,13 +217,20 @@ class OrderedParquet(ray.data.Datasink[None]):
         step = self._max_rows_per_file or max(1, table.num_rows)
         for number, first in enumerate(range(0, table.num_rows, step)):
             filesystem, path = resolve(join(self._uri, f"part-{ctx.task_idx:06d}-{number:04d}.parquet"))
-            pq.write_table(table.slice(first, step), path, filesystem=filesystem)
+            write_parquet(table.slice(first, step), path, filesystem)
 
 
 def collect(rows: ray.data.Dataset) -> list[pa.Table]:
     """Run the job and bring its rows into memory, as blocks; empty ones are left out, for they may lack columns."""
     tables: list[pa.Table] = ray.get(rows.to_arrow_refs())
     return [table for table in tables if table.num_rows]
+
+
+def map_rows(rows: list[dict[str, Any]], function: Callable[[pa.Table], pa.Table], *, rows_per_task: int) -> list[pa.Table]:
+    """What a function makes of rows that the driver holds, so many in each stateless task; see :func:`collect`."""
+    table = pa.Table.from_pylist(rows)
+    blocks = [table.slice(start, rows_per_task) for start in range(0, table.num_rows, rows_per_task)]
+    return collect(map_tables(ray.data.from_arrow(blocks), function, batch_size=rows_per_task))
 
 
 def map_tables(rows: ray.data.Dataset, function: Callable[[pa.Table], pa.Table], *, batch_size: int) -> ray.data.Dataset:

@@ -177,7 +177,7 @@ class CheckpointWriter:
         files = [*entries, *(sum_of(name, data) for name, data in snapshot.files.items())]
         commit = Commit(step=snapshot.step, attempt=self._attempt, num_ranks=self._num_ranks, files=tuple(files))
         uri = self._uri(snapshot.step)
-        if not create_exclusively(join(uri, COMMIT), commit.model_dump_json(indent=1).encode()):
+        if not create_exclusively(join(uri, COMMIT), commit.to_bytes()):
             raise StorageError(f"{uri} was committed by somebody else: does the same training run twice?")
 
     def _prune(self, step: int) -> None:
