@@ -16,8 +16,11 @@ import pyarrow.parquet as pq
 from urbanclip_ray.seals import DamagedError
 
 
-def write_parquet(table: pa.Table, path: str, filesystem: pafs.FileSystem) -> None:
-    pq.write_table(table, path, filesystem=filesystem, write_page_checksum=True)
+def write_parquet(table: pa.Table, path: str, filesystem: pafs.FileSystem) -> int:
+    """Write a file; returns its bytes."""
+    with filesystem.open_output_stream(path) as stream:
+        pq.write_table(table, stream, write_page_checksum=True)
+        return int(stream.tell())
 
 
 class ParquetRows:

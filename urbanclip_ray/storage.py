@@ -289,6 +289,11 @@ class Publication:
         with _explained(uri):
             filesystem.create_dir(path, recursive=True)
 
+    @property
+    def run(self) -> str:
+        """The run that it belongs to, as :func:`dataset_uri` has it."""
+        return "".join(self.uri.split("/")[-3:-2])
+
     def count(self, *, unit: str, rows_in: int, rows_out: int, rejects: dict[str, int]) -> None:
         """Account for every row; what came in must be what went out plus the rejects."""
         if rows_in != rows_out + sum(rejects.values()):

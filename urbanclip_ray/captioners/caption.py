@@ -59,6 +59,7 @@ class CaptionWork(NamedTuple):
     model: ModelReference | None = None  # who is asked, also for what `given` has no caption of
     store_uri: str = ""  # of the caption store, which a model uses
     job: Job | None = None  # whose actors ask a model
+    run: str = ""  # its name in the metrics
 
     def origins(self) -> list[Origin]:
         """What will make the captions, in the order in which it is asked; no model is loaded for it."""
@@ -305,7 +306,9 @@ class AskedModel:
         if prompt not in self._by_prompt:
             config, store = self._work.config, self._work.store_of(prompt)
             num_samples, attempts = config.decoding.num_samples, config.max_attempts
-            self._by_prompt[prompt] = StoredCaptioner(store, num_samples, self.captioner, self._job.name, attempts)
+            self._by_prompt[prompt] = StoredCaptioner(
+                store, num_samples, self.captioner, self._job.name, attempts, self._work.run
+            )
         return self._by_prompt[prompt]
 
 

@@ -50,8 +50,13 @@ def packed(request, tmp_path_factory):
 def reads(monkeypatch):
     """Paths of files that are read, in order."""
     found = []
-    real = shards.pq.read_table
-    monkeypatch.setattr(shards.pq, "read_table", lambda path, **named: found.append(path) or real(path, **named))
+    real = shards.read_parquet
+
+    def read(filesystem, paths, columns):
+        found.extend(paths)
+        return real(filesystem, paths, columns)
+
+    monkeypatch.setattr(shards, "read_parquet", read)
     return found
 
 
