@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -79,7 +80,8 @@ def watched(tmp_path_factory) -> Iterator[Watched]:
     }
     options = city_options(write_city(folder / "city"), folder / "storage")
     options += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # another cluster's
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     command = [sys.executable, "-c", RAY, str(sessions), str(folder / "dark")]
     with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as ray:
         try:
