@@ -21,9 +21,9 @@ from urbanclip_ray import metrics
 from urbanclip_ray.config import ConfigError
 from urbanclip_ray.errors import UserError
 from urbanclip_ray.filesystems import STORES_VARIABLE, stores_environment
+from urbanclip_ray.logs import logs_environment, say
 from urbanclip_ray.parquet_files import open_parquet, write_parquet
 from urbanclip_ray.storage import Dataset, Publication, explain_os_error, join, resolve
-from urbanclip_ray.terminal import say
 
 JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray's job server gives the process that it starts
 ACCESS_FIX = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file that holds the cluster's token"
@@ -67,7 +67,7 @@ def connect() -> None:
 
 
 def _join(address: str) -> None:
-    settings = stores_environment()
+    settings = stores_environment() | logs_environment()
     environment = {"env_vars": settings} if settings else None  # without one, workers start quicker
     try:
         _refuse_silence(address)

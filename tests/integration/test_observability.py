@@ -20,11 +20,11 @@ from small_run import ROOT, city_options, write_city
 
 from urbanclip_ray.metrics import CAPTION_FAILURES, METRICS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # a minute or two where nothing else runs
 
 DISCOVERY = "prom_metrics_service_discovery.json"
 LAST_SCRAPES_S = 4
-RUN_TIMEOUT_S = 400
+RUN_TIMEOUT_S = 1000
 NEED_A_GPU = {"GPU"}
 # A Ray that reports every second, in a process of its own, and a captioner's failure on it.
 RAY = """
@@ -75,7 +75,7 @@ def watched(tmp_path_factory) -> Iterator[Watched]:
         "caption.cache_folder": folder / "cache",
         "caption.decoding.max_new_tokens": 6,
         "caption.tiles_per_batch": 8,
-        "train.epochs": 20,
+        "train.epochs": 10,
         "train.checkpoint_every_steps": 4,
     }
     options = city_options(write_city(folder / "city"), folder / "storage")

@@ -39,7 +39,7 @@ USES_RAY = {
     "urbanclip_ray.cluster",
     "urbanclip_ray.check",
     "urbanclip_ray.verify",
-    "urbanclip_ray.metrics",
+    *("urbanclip_ray.metrics", "urbanclip_ray.logs"),
     "urbanclip_ray.sources.ingest",
     "urbanclip_ray.sources.label_rasters",
     "urbanclip_ray.captioners.caption",

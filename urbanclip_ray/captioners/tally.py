@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from urbanclip_ray.captioners.base import UnusableCaptionerError
 from urbanclip_ray.errors import UserError
-from urbanclip_ray.terminal import say
+from urbanclip_ray.logs import say
 
 UNREADABLE = "unreadable tile"
 UNUSABLE = "unusable captioner"

@@ -12,13 +12,14 @@ import torch
 import torch.distributed as dist
 
 from urbanclip_ray.config import RunConfig
+from urbanclip_ray.logs import say
 from urbanclip_ray.model.coca import CoCa, build_model
 from urbanclip_ray.model.parts import freeze_parts
 from urbanclip_ray.model.pretrained import fill_start
 from urbanclip_ray.model.tokenize import TextTokenizer, load_tokenizer
 from urbanclip_ray.model.weights import weight_files
 from urbanclip_ray.storage import Dataset, join, open_dataset, write_bytes
-from urbanclip_ray.terminal import counted, say
+from urbanclip_ray.terminal import counted
 from urbanclip_ray.train.average import WeightAverage
 from urbanclip_ray.train.batches import BatchMaker, prefetch, train_steps
 from urbanclip_ray.train.checkpoint import fill_weights, find_checkpoint, restore_rank

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from urbanclip_ray.config import TrainConfig
-from urbanclip_ray.terminal import say
+from urbanclip_ray.logs import say
 
 PRINT_EVERY_S = 15.0
 PEAK_SIDE = {"cpu": 1024, "cuda": 8192}  # of square matrices; 10 ms of a CPU core with bf16 units, 2 ms of an H100

@@ -18,8 +18,8 @@ import ray
 from urbanclip_ray import dataflow
 from urbanclip_ray.config import AugmentConfig, BaselineName, ConfigError, RunConfig
 from urbanclip_ray.evaluate.targets import target_of, to_space
+from urbanclip_ray.logs import say
 from urbanclip_ray.storage import Dataset, Publication
-from urbanclip_ray.terminal import say
 
 NO_AUGMENTATION = AugmentConfig(min_area_share=1, flips=False)
 PCA_WIDTH = 256  # at most
