@@ -118,7 +118,8 @@ def test_every_metric_of_ours_was_scraped_and_carries_the_run(watched):
 
 def test_counters_agree_with_what_the_run_says(watched):
     def last(expression: str) -> float:
-        (series,) = watched.prometheus.ask("query", query=f"max_over_time(({expression})[5m:1s])", time=watched.end_s)["result"]
+        query = f"max_over_time(({expression})[{int(watched.end_s - watched.start_s)}s:1s])"
+        (series,) = watched.prometheus.ask("query", query=query, time=watched.end_s)["result"]
         return float(series["value"][1])
 
     assert last("sum(ray_urbanclip_tiles_read_total)") == 48
