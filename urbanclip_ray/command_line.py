@@ -249,6 +249,28 @@ def run_caption_store(description: str | None) -> None:
             {"status": show_store, "compact": compact_store}[arguments.action](config.storage)
 
 
+def run_check_storage(description: str | None) -> None:
+    """Hold the files of a storage against their checksums; the process fails where one is damaged."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--storage", metavar="URI", default=RunConfig().storage, help="a local path or s3://bucket/prefix")
+    parser.add_argument("--run", metavar="NAME", default="", help="of this run alone (default: all, and the caption store)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="`stores` of S3, as other jobs take it")
+    arguments = parser.parse_args()
+    with errors_in_one_line():
+        config = apply_overrides(RunConfig(), [*arguments.set, f"storage={arguments.storage}"])
+        from urbanclip_ray.filesystems import use_stores
+        from urbanclip_ray.integrity import check_storage, findings_table
+        from urbanclip_ray.storage import absolute
+        from urbanclip_ray.terminal import open_console
+
+        use_stores(config.stores)
+        findings = check_storage(absolute(config.storage), arguments.run)
+        open_console().print(findings_table(findings))
+        for damage in findings.damages:
+            print(f"{damage.uri}\n  {damage.what}\n  {damage.fix}")
+        sys.exit(1 if findings.damages else 0)
+
+
 def _config(arguments: argparse.Namespace) -> RunConfig:
     overrides = [*arguments.set, *([f"storage={arguments.storage}"] if arguments.storage else [])]
     return apply_overrides(load_recipe(arguments.recipe), overrides)

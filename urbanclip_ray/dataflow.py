@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
 import socket
@@ -11,17 +12,20 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import ray.data
 from ray.data.block import Block, BlockAccessor
 from ray.data.datasource.datasink import TaskContext
 
+from urbanclip_ray import metrics
 from urbanclip_ray.config import ActorsConfig, ConfigError, TasksConfig
 from urbanclip_ray.errors import UserError
 from urbanclip_ray.filesystems import STORES_VARIABLE, stores_environment
+from urbanclip_ray.logs import logs_environment, say
+from urbanclip_ray.parquet_files import open_parquet, write_parquet
 from urbanclip_ray.storage import Dataset, Publication, explain_os_error, join, resolve
 
+JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray's job server gives the process that it starts
 ACCESS_FIX = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file that holds the cluster's token"
 
 CONNECT_TIMEOUT_S = 10.0
@@ -64,11 +68,12 @@ def connect() -> None:
 
 
 def _join(address: str) -> None:
-    settings = stores_environment()
+    settings = stores_environment() | logs_environment()
     environment = {"env_vars": settings} if settings else None  # without one, workers start quicker
     try:
         _refuse_silence(address)
-        dashboard = ray.init(address=address, runtime_env=environment).dashboard_url
+        joined = ray.init(address=address, runtime_env=environment)
+        say(where_to_look(joined.dashboard_url))
     except ray.exceptions.AuthenticationError as error:
         raise ClusterError(f"RAY_ADDRESS={address} asks for a token: {error.message}; {ACCESS_FIX}") from None
     except ConnectionError as error:
@@ -76,8 +81,6 @@ def _join(address: str) -> None:
             f"no Ray cluster can be joined at RAY_ADDRESS={address} ({error}): correct the address, or unset it to start a "
             f"Ray on this machine; where the cluster asks for a token, {ACCESS_FIX}"
         ) from None
-    if dashboard:
-        print(f"Ray's dashboard: http://{dashboard}", flush=True)
 
 
 def _refuse_other_stores() -> None:
@@ -103,6 +106,19 @@ def log_folder() -> str:
     """Where the logs of this node's workers are."""
     node = ray._private.worker._global_node
     return str(node.get_logs_dir_path()) if node else "/tmp/ray/session_latest/logs"  # noqa: S108 Ray's own default
+
+
+def where_to_look(dashboard: str | None) -> str:
+    """Where the cluster that this process joined shows what it does; `dashboard` is `host:port`."""
+    node_id = ray.get_runtime_context().get_node_id()
+    node = next(node for node in ray.nodes() if node["NodeID"] == node_id)
+    submitted = json.loads(os.environ.get(JOB_CONFIG_VARIABLE) or "{}").get("metadata", {}).get("job_submission_id")
+    places = {
+        "dashboard": f"http://{dashboard}" if dashboard else "none (Ray was started without one)",
+        "logs": f"ray job logs --follow {submitted}" if submitted else log_folder(),
+        "metrics": f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics",
+    }
+    return "where to look: " + ", ".join(f"{name} {place}" for name, place in places.items())
 
 
 def map_files(
@@ -144,13 +160,12 @@ def _read(
 
     def read_file(batch: pa.Table) -> Iterator[pa.Table]:
         for path in batch["path"].to_pylist():
-            with filesystem.open_input_file(path) as stream:
-                file = pq.ParquetFile(stream)
-                if rows_per_batch is None or file.metadata.num_rows == 0:
+            with open_parquet(filesystem, path) as file:
+                if rows_per_batch is None or file.num_rows == 0:
                     yield function(file.read(columns))
                     continue
-                for rows in file.iter_batches(batch_size=rows_per_batch, columns=columns):
-                    yield function(pa.Table.from_batches([rows]))
+                for rows in file.batches(columns, rows_per_batch):
+                    yield function(rows)
 
     return paths_of(dataset, num_tasks).map_batches(read_file, batch_size=None, batch_format="pyarrow", **options)
 
@@ -211,9 +226,7 @@ def write(
     """Run the Ray Data job and write its rows below the publication, in order; `num_actors` where actors make them."""
     options = {"num_cpus": CPUS_BESIDE_ACTORS} if num_actors else None
     try:
-        rows.write_datasink(
-            OrderedParquet(publication.data_uri, max_rows_per_file), ray_remote_args=options, concurrency=num_actors
-        )
+        rows.write_datasink(OrderedParquet(publication, max_rows_per_file), ray_remote_args=options, concurrency=num_actors)
     except OSError as error:
         cause = getattr(error, "cause", None)  # Ray's wrapper is an OSError too, but without the number of a full disk
         raise explain_os_error(cause if isinstance(cause, OSError) else error, publication.uri) from error
@@ -225,8 +238,9 @@ class OrderedParquet(ray.data.Datasink[None]):
     A task that is run again writes over its own files, whose names are its number.
     """
 
-    def __init__(self, uri: str, max_rows_per_file: int | None) -> None:
-        self._uri = uri
+    def __init__(self, publication: Publication, max_rows_per_file: int | None) -> None:
+        self._uri = publication.data_uri
+        self._tags = {"run": publication.run, "stage": publication.stage}
         self._max_rows_per_file = max_rows_per_file
 
     def write(self, blocks: Iterable[Block], ctx: TaskContext) -> None:
@@ -234,13 +248,22 @@ class OrderedParquet(ray.data.Datasink[None]):
         step = self._max_rows_per_file or max(1, table.num_rows)
         for number, first in enumerate(range(0, table.num_rows, step)):
             filesystem, path = resolve(join(self._uri, f"part-{ctx.task_idx:06d}-{number:04d}.parquet"))
-            pq.write_table(table.slice(first, step), path, filesystem=filesystem)
+            rows = table.slice(first, step)
+            metrics.BYTES_WRITTEN.add(write_parquet(rows, path, filesystem), **self._tags)
+            metrics.ROWS_WRITTEN.add(rows.num_rows, **self._tags)
 
 
 def collect(rows: ray.data.Dataset) -> list[pa.Table]:
     """Run the job and bring its rows into memory, as blocks; empty ones are left out, for they may lack columns."""
     tables: list[pa.Table] = ray.get(rows.to_arrow_refs())
     return [table for table in tables if table.num_rows]
+
+
+def map_rows(rows: list[dict[str, Any]], function: Callable[[pa.Table], pa.Table], *, rows_per_task: int) -> list[pa.Table]:
+    """What a function makes of rows that the driver holds, so many in each stateless task; see :func:`collect`."""
+    table = pa.Table.from_pylist(rows)
+    blocks = [table.slice(start, rows_per_task) for start in range(0, table.num_rows, rows_per_task)]
+    return collect(map_tables(ray.data.from_arrow(blocks), function, batch_size=rows_per_task))
 
 
 def map_tables(

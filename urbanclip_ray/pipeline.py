@@ -15,6 +15,7 @@ from contextlib import nullcontext, suppress
 from rich.console import Console
 from rich.table import Table
 
+from urbanclip_ray import metrics
 from urbanclip_ray.config import RunConfig
 from urbanclip_ray.plan import is_asked_for, walk
 from urbanclip_ray.preflight import refuse_unfit_run
@@ -132,8 +133,17 @@ def run_stage(run: Run, stage: Stage, console: Console, make: bool) -> float | N
     start = time.monotonic()
     with publish(uri, stage.name, content, parents) as publication:
         stage.make(run, publication)
+    made_s = time.monotonic() - start
     run.datasets[stage.name] = open_dataset(uri)
-    return time.monotonic() - start
+    _count_stage(run.config.run, stage.name, run.datasets[stage.name].manifest.rejects, made_s)
+    return made_s
+
+
+def _count_stage(run: str, stage: str, rejects: Mapping[str, int], made_s: float) -> None:
+    metrics.STAGES.add(1, run=run, stage=stage)
+    metrics.STAGE_SECONDS.add(made_s, run=run, stage=stage)
+    for reason, count in rejects.items():
+        metrics.ROWS_REJECTED.add(count, run=run, stage=stage, reason=metrics.bounded(reason))
 
 
 def _add_row(summary: Table, stage: Stage, dataset: Dataset, made_s: float | None) -> None:

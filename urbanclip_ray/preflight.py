@@ -19,7 +19,6 @@ from urbanclip_ray.storage import StorageError, delete_folder, join, open_datase
 from urbanclip_ray.terminal import counted
 
 EMBEDDED_PREFIXES = ("pretrained_", "baseline_", "also_")  # of stages that a config adds
-JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray's job server gives the process that it starts
 
 
 class PreflightError(UserError, RuntimeError):
@@ -65,7 +64,7 @@ def local_places(config: RunConfig) -> dict[str, str]:
 
 def uploaded_directory() -> str | None:
     """The working directory where this process drives a submitted job and runs in an uploaded copy, else None."""
-    job = json.loads(os.environ.get(JOB_CONFIG_VARIABLE) or "{}")
+    job = json.loads(os.environ.get(dataflow.JOB_CONFIG_VARIABLE) or "{}")
     return os.getcwd() if (job.get("runtime_env") or {}).get("working_dir") else None
 
 

@@ -155,7 +155,8 @@ def caption_work(run: Run) -> CaptionWork:
     config = run.config
     given = run.source.captions() if config.caption.captioner == "given" else None
     store_uri = join(config.storage, STORE)  # beside the runs: all of them share it
-    return CaptionWork(run.datasets["tiles"], config.caption, config.pixels, given, run.caption_model, store_uri)
+    tiles, model = run.datasets["tiles"], run.caption_model
+    return CaptionWork(tiles, config.caption, config.pixels, given, model, store_uri, run=config.run)
 
 
 def _captions(run: Run, publication: Publication) -> None:

@@ -19,7 +19,6 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from urbanclip_ray.filesystems import absolute as absolute  # exported again: who works with files imports one module
@@ -28,7 +27,10 @@ from urbanclip_ray.filesystems import explain_storage_error, is_google, is_objec
 from urbanclip_ray.filesystems import resolve as resolve
 from urbanclip_ray.libraries import library_versions
 from urbanclip_ray.object_storage import StorageError as StorageError
+from urbanclip_ray.parquet_files import read_parquet, write_parquet
 from urbanclip_ray.schema import FORMAT_VERSION
+from urbanclip_ray.seals import BLANK, is_intact, seal
+from urbanclip_ray.seals import DamagedError as DamagedError
 
 MANIFEST = "manifest.json"
 READ_CHUNK_BYTES = 1 << 20
@@ -61,6 +63,11 @@ class Manifest(BaseModel):
     files: tuple[FileEntry, ...]
     facts: dict[str, Any]  # what else the stage says of itself
     libraries: dict[str, str]
+    seal: str = ""  # of the file itself, see `seals`; older manifests have none
+
+    def to_bytes(self) -> bytes:
+        """The sealed file."""
+        return seal(self.model_copy(update={"seal": BLANK}).model_dump_json(indent=1).encode())
 
 
 def join(uri: str, *parts: str) -> str:
@@ -87,6 +94,16 @@ def open_file(uri: str) -> Iterator[pa.NativeFile]:
             raise FileNotFoundError(f"{uri} is not there")
         with filesystem.open_input_file(path) as file:
             yield file
+
+
+def sha256_of(uri: str) -> str:
+    """The checksum of a file, read piece by piece."""
+    filesystem, path = resolve(uri)
+    hasher = hashlib.sha256()
+    with _explained(uri), filesystem.open_input_stream(path) as stream:
+        while chunk := stream.read(READ_CHUNK_BYTES):
+            hasher.update(chunk)
+    return hasher.hexdigest()
 
 
 def write_bytes(uri: str, data: bytes | memoryview) -> None:
@@ -227,7 +244,7 @@ class Dataset:
         """The rows as one table in memory: for datasets without pixels, or a few rows by `filters`."""
         filesystem, _ = resolve(self.uri)
         with _explained(self.uri):
-            return pq.read_table(self.parquet_paths(), columns=columns, filters=filters, filesystem=filesystem)
+            return read_parquet(filesystem, self.parquet_paths(), columns, filters)
 
 
 def open_dataset(uri: str) -> Dataset:
@@ -243,6 +260,11 @@ def open_dataset(uri: str) -> Dataset:
         manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
         raise StorageError(f"{where} is not a manifest of ours: {error.errors()[0]['msg']}") from None
+    if not is_intact(data, bool(manifest.seal)):
+        raise DamagedError(
+            f"{where} is damaged: it is not what was sealed. Bring it back from a copy, or remove {uri} and run the same "
+            "command again"
+        )
     return Dataset(uri, manifest, hashlib.sha256(data).hexdigest())
 
 
@@ -271,6 +293,11 @@ class Publication:
         with _explained(uri):
             filesystem.create_dir(path, recursive=True)
 
+    @property
+    def run(self) -> str:
+        """The run that it belongs to, as :func:`dataset_uri` has it."""
+        return "".join(self.uri.split("/")[-3:-2])
+
     def count(self, *, unit: str, rows_in: int, rows_out: int, rejects: dict[str, int]) -> None:
         """Account for every row; what came in must be what went out plus the rejects."""
         if rows_in != rows_out + sum(rejects.values()):
@@ -282,7 +309,7 @@ class Publication:
         """Write one table that fits in memory."""
         filesystem, path = resolve(join(self.data_uri, name))
         with _explained(self.uri):
-            pq.write_table(table, path, filesystem=filesystem)
+            write_parquet(table, path, filesystem)
 
     def write_file(self, name: str, data: bytes) -> None:
         write_bytes(join(self.data_uri, name), data)
@@ -291,7 +318,7 @@ class Publication:
         """Columns of the Parquet files written so far, for counting: short ones, for all rows come into memory."""
         filesystem, _ = resolve(self.uri)
         with _explained(self.uri):
-            return pq.read_table(self._parquet_paths(), columns=columns, filesystem=filesystem)
+            return read_parquet(filesystem, self._parquet_paths(), columns)
 
     def read_batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
         """The same in pieces, some of which are read ahead."""
@@ -304,15 +331,11 @@ class Publication:
 
     def entries(self) -> tuple[FileEntry, ...]:
         """Every file of this attempt with its size and checksum, read back from storage."""
-        filesystem, root = resolve(self.uri)
+        _, root = resolve(self.uri)
         entries = []
         for info in list_files(self.data_uri):
-            hasher = hashlib.sha256()
-            with _explained(self.uri), filesystem.open_input_stream(info.path) as stream:
-                while chunk := stream.read(READ_CHUNK_BYTES):
-                    hasher.update(chunk)
             relative = str(info.path).removeprefix(root).lstrip("/")
-            entries.append(FileEntry(path=relative, num_bytes=info.size, sha256=hasher.hexdigest()))
+            entries.append(FileEntry(path=relative, num_bytes=info.size, sha256=sha256_of(join(self.uri, relative))))
         return tuple(entries)
 
 
@@ -338,7 +361,7 @@ def publish(uri: str, stage: str, config: dict[str, Any], parents: dict[str, Dat
             facts=publication.facts,
             libraries=library_versions(),
         )
-        if not create_exclusively(join(uri, MANIFEST), manifest.model_dump_json(indent=1).encode()):
+        if not create_exclusively(join(uri, MANIFEST), manifest.to_bytes()):
             delete_folder(publication.data_uri)
     except BaseException as error:  # an interrupt, too, must leave no half of an attempt
         _discard(publication)

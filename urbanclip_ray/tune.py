@@ -16,7 +16,7 @@ import ray.tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from urbanclip_ray import dataflow
-from urbanclip_ray.cluster import read_cluster, worker_resources
+from urbanclip_ray.cluster import read_cluster, wanted_worker
 from urbanclip_ray.config import FolderSource, LabelsConfig, RunConfig, TuneConfig
 from urbanclip_ray.errors import UserError
 from urbanclip_ray.evaluate.validation_score import ProbeRows, choose_rows
@@ -159,7 +159,7 @@ def _run_tune(
             num_samples=config.tune.num_trials,
             search_alg=searcher,
             scheduler=scheduler,
-            max_concurrent_trials=count_concurrent(config, read_cluster().places_now(worker_resources(config.resources))),
+            max_concurrent_trials=count_concurrent(config, read_cluster().places_now(wanted_worker(config.resources))),
             trial_name_creator=name,
             trial_dirname_creator=name,
         ),

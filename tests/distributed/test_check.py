@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from urbanclip_ray.preflight import JOB_CONFIG_VARIABLE
+from urbanclip_ray.dataflow import JOB_CONFIG_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 60  # every check and every refusal ends within it

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
+import urllib.request
 from pathlib import Path
 
 import pyarrow as pa
@@ -165,3 +167,13 @@ def test_stores_that_the_workers_would_not_know_are_refused(ray_cluster, monkeyp
         dataflow.connect()
     use_stores([])
     dataflow.connect()
+
+
+def test_a_job_says_where_its_dashboard_logs_and_metrics_are(ray_cluster, monkeypatch):
+    look = dataflow.where_to_look("127.0.0.1:8265")
+    assert look.startswith("where to look: dashboard http://127.0.0.1:8265, logs /")
+    with urllib.request.urlopen(look.rpartition("metrics ")[2], timeout=30) as page:
+        assert page.headers["Content-Type"].startswith("text/plain; version=")
+    submitted = {"metadata": {"job_submission_id": "raysubmit_1"}}
+    monkeypatch.setenv(dataflow.JOB_CONFIG_VARIABLE, json.dumps(submitted))
+    assert "logs ray job logs --follow raysubmit_1, " in dataflow.where_to_look(None)

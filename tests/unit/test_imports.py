@@ -42,6 +42,7 @@ USES_RAY = {
     "urbanclip_ray.cluster",
     "urbanclip_ray.check",
     "urbanclip_ray.verify",
+    *("urbanclip_ray.metrics", "urbanclip_ray.logs"),
     "urbanclip_ray.sources.ingest",
     "urbanclip_ray.sources.label_rasters",
     "urbanclip_ray.captioners.caption",
@@ -66,10 +67,10 @@ USES_RAY = {
 USES_DEEPSPEED = {"urbanclip_ray.train.engine", "urbanclip_ray.train.fragments"}
 ENTRIES = {  # of the command line, for jobs
     *("run_job", "run_verification", "run_leak_table", "run_experiment_job", "run_report", "run_search", "run_export"),
-    "run_caption_store",
+    *("run_caption_store", "run_check_storage"),
 }
 NOT_RAY_ITSELF = {  # but what dataflow makes of it
-    *("urbanclip_ray.preflight", "urbanclip_ray.command_line"),
+    *("urbanclip_ray.preflight", "urbanclip_ray.command_line", "urbanclip_ray.integrity"),
     *("urbanclip_ray.train.borrowed", "urbanclip_ray.evaluate.embed"),
     *("urbanclip_ray.evaluate.probe", "urbanclip_ray.evaluate.baselines"),
 }
@@ -168,7 +169,8 @@ def test_of_captioners_the_coca_and_the_consistency_score_alone_know_the_model_a
 
 
 def test_nothing_below_reaches_up():
-    order = ["errors", "libraries", "schema", "config", "object_storage", "google_storage", "filesystems", "storage"]
+    below = ["errors", "libraries", "schema", "config"]
+    order = [*below, "object_storage", "google_storage", "seals", "parquet_files", "filesystems", "storage"]
     for place, lower in enumerate(order):
         allowed = order[: place + 1]  # a package imports its own modules
         for item in ALL:

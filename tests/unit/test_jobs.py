@@ -17,7 +17,7 @@ from urbanclip_ray.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
-NOT_STAGES = ("caption_store", "verify_gpu", "leak", "report", "search", "experiment", "export")
+NOT_STAGES = ("caption_store", "check_storage", "verify_gpu", "leak", "report", "search", "experiment", "export")
 STAGE_JOBS = [job for job in JOBS if job.stem not in NOT_STAGES]
 HELP_LIMIT_S = 1.5
 MAX_LINES = 60

@@ -9,9 +9,9 @@ import pytest
 
 from urbanclip_ray.cluster import Autoscaler, Cluster, Node, NodeGroup
 from urbanclip_ray.config import RunConfig
+from urbanclip_ray.dataflow import JOB_CONFIG_VARIABLE
 from urbanclip_ray.overrides import apply_overrides
 from urbanclip_ray.preflight import (
-    JOB_CONFIG_VARIABLE,
     PreflightError,
     list_demands,
     probe_storage,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+from urbanclip_ray import metrics
 from urbanclip_ray.captioners.base import Captioner, DeadEngineError, Tile, TransientError, UnusableCaptionerError
 from urbanclip_ray.captioners.store import CaptionStore, FailedTile, StoredCaption
 from urbanclip_ray.errors import one_line
@@ -75,7 +76,13 @@ class StoredCaptioner:
     """
 
     def __init__(
-        self, store: CaptionStore, num_samples: int, captioner: LoadedCaptioner, job: str = "none", max_attempts: int = 3
+        self,
+        store: CaptionStore,
+        num_samples: int,
+        captioner: LoadedCaptioner,
+        job: str = "none",
+        max_attempts: int = 3,
+        run: str = "",
     ) -> None:
         self.origin = store.origin
         self._store = store
@@ -83,6 +90,7 @@ class StoredCaptioner:
         self._captioner = captioner
         self._job = job
         self._max_attempts = max_attempts
+        self._run = run  # its name in the metrics
 
     def describe(self, tiles: Sequence[Tile]) -> list[Outcome]:
         by_hash = {tile.sha256: tile for tile in tiles}  # equal tiles are described once
@@ -129,6 +137,8 @@ class StoredCaptioner:
         captioner = self._captioner.get()
         if isinstance(captioner, UnusableCaptionerError):
             return dict.fromkeys(tiles, captioner)
+        metrics.CAPTION_ATTEMPTS.add(len(tiles), run=self._run)
+        start = time.monotonic()
         try:
             described = captioner.describe(list(tiles.values()))
         except DeadEngineError as error:
@@ -143,6 +153,7 @@ class StoredCaptioner:
             if len(tiles) == 1:
                 return dict.fromkeys(tiles, RuntimeError(f"the captioner failed: {one_line(error)}"))
             return self._describe_halves(tiles, self._try_once)
+        metrics.CAPTION_SECONDS.add(time.monotonic() - start, run=self._run)
         return dict(zip(tiles, described, strict=True))
 
     def _describe_halves(
@@ -161,9 +172,11 @@ class StoredCaptioner:
                 is_tried_often = isinstance(outcome, TransientError | ProcessDeathError)
                 attempts = num_attempts if is_tried_often else 1
                 failed.append(FailedTile(key, tiles[key].tile_id, str(outcome), attempts))
+                metrics.CAPTION_FAILURES.add(1, run=self._run, reason=type(outcome).__name__)
             elif len(outcome) != self._num_samples:
                 raise AssertionError(f"the captioner gave {len(outcome)} texts for a tile instead of {self._num_samples}")
             else:
                 captions += [StoredCaption(key, sample, text) for sample, text in enumerate(outcome)]
         self._store.add_failed(name, failed)
         self._store.add(name, captions)
+        metrics.CAPTIONS.add(len(captions), run=self._run)

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray.data
 import ray.exceptions
 from ray.util.annotations import RayDeprecationWarning
@@ -37,6 +36,7 @@ from urbanclip_ray.captioners.tally import CaptionError as CaptionError  # expor
 from urbanclip_ray.captioners.tally import refuse_unusable as refuse_unusable
 from urbanclip_ray.config import CaptionConfig, ConfigError, PixelsConfig
 from urbanclip_ray.errors import one_line
+from urbanclip_ray.parquet_files import open_parquet
 from urbanclip_ray.storage import Dataset, Publication, resolve
 
 TILE_COLUMNS = ["tile_id", "image", "sha256", "error"]
@@ -59,6 +59,7 @@ class CaptionWork(NamedTuple):
     model: ModelReference | None = None  # who is asked, also for what `given` has no caption of
     store_uri: str = ""  # of the caption store, which a model uses
     job: Job | None = None  # whose actors ask a model
+    run: str = ""  # its name in the metrics
 
     def origins(self) -> list[Origin]:
         """What will make the captions, in the order in which it is asked; no model is loaded for it."""
@@ -189,12 +190,11 @@ def missing_rows(tiles: Dataset, wanted: Wanted, config: CaptionConfig) -> ray.d
     def read_file(batch: pa.Table) -> Iterator[pa.Table]:
         wanted = ray.get(shared)
         for path in batch["path"].to_pylist():
-            with filesystem.open_input_file(path) as stream:
-                file = pq.ParquetFile(stream)
+            with open_parquet(filesystem, path) as file:
                 if not pc.any(pc.is_in(file.read(["tile_id"])["tile_id"], value_set=wanted.tile_ids)).as_py():
                     continue  # no pixels are read for it
-                for rows in file.iter_batches(batch_size=config.tiles_per_batch, columns=TILE_COLUMNS):
-                    yield wanted.choose(pa.Table.from_batches([rows]))
+                for rows in file.batches(TILE_COLUMNS, config.tiles_per_batch):
+                    yield wanted.choose(rows)
 
     rows = dataflow.paths_of(tiles).map_batches(
         read_file, batch_size=None, batch_format="pyarrow", **dataflow.beside_actors(config.num_actors)
@@ -306,7 +306,9 @@ class AskedModel:
         if prompt not in self._by_prompt:
             config, store = self._work.config, self._work.store_of(prompt)
             num_samples, attempts = config.decoding.num_samples, config.max_attempts
-            self._by_prompt[prompt] = StoredCaptioner(store, num_samples, self.captioner, self._job.name, attempts)
+            self._by_prompt[prompt] = StoredCaptioner(
+                store, num_samples, self.captioner, self._job.name, attempts, self._work.run
+            )
         return self._by_prompt[prompt]
 
 

@@ -28,12 +28,14 @@ import pyarrow.parquet as pq
 
 from urbanclip_ray.captioners.base import Origin
 from urbanclip_ray.schema import FAILED_CAPTIONS, STORED_CAPTIONS
+from urbanclip_ray.seals import BLANK, DamagedError, is_intact, seal
 from urbanclip_ray.storage import StorageError, delete_folder, digest, exists, join, list_files, read_bytes, write_bytes
 
 STORE = "caption_store"  # the folder below the storage
 FAILED = "failed"
 ATTEMPTS = "attempts"
 COMPACTED = "compact-"
+SEAL_KEY = b"urbanclip_seal"  # in a file's metadata, see `seals`
 NUM_READERS = 16  # a small file costs a round trip, not bandwidth
 PARTS_PER_READ = 256  # so many files are in memory at a time
 
@@ -191,17 +193,27 @@ class PartsFolder:
             return None
 
     def read_part(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """One file; raises FileNotFoundError, and StorageError where it is damaged."""
+        """One file; raises FileNotFoundError, and DamagedError where it is not what was written."""
         uri = join(self.uri, name)
-        try:
-            return pq.read_table(io.BytesIO(read_bytes(uri)), columns=columns, use_threads=False)
-        except pa.ArrowInvalid as error:
-            raise StorageError(f"{uri} is damaged ({error}): delete it, and its captions are generated again") from None
+        return parse_part(read_bytes(uri), uri, columns)
 
     def write_part(self, name: str, table: pa.Table) -> None:
         stream = io.BytesIO()
-        pq.write_table(table, stream)
-        write_bytes(join(self.uri, name), stream.getvalue())
+        with pq.ParquetWriter(stream, table.schema) as writer:
+            writer.write_table(table)
+            writer.add_key_value_metadata({SEAL_KEY.decode(): BLANK})
+        write_bytes(join(self.uri, name), seal(stream.getvalue()))
+
+
+def parse_part(data: bytes, uri: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of a file of the store. Raises DamagedError where it is not what was sealed; older files have no seal."""
+    fix = "delete it, and its captions are generated again"
+    if not is_intact(data, is_sealed=SEAL_KEY in data):
+        raise DamagedError(f"{uri} is damaged (it is not what was sealed): {fix}")
+    try:
+        return pq.read_table(io.BytesIO(data), columns=columns, use_threads=False)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DamagedError(f"{uri} is damaged ({error}): {fix}") from None
 
 
 def _places(table: pa.Table, hashes: pa.Array, num_samples: int) -> tuple[np.ndarray, pa.Array]:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from urbanclip_ray.captioners.base import UnusableCaptionerError
 from urbanclip_ray.errors import UserError
+from urbanclip_ray.logs import say
 
 UNREADABLE = "unreadable tile"
 UNUSABLE = "unusable captioner"
@@ -63,10 +64,13 @@ class Tally:
         self._reported_s = now_s
         rate = (self._num_tried - self._num_stored) / (now_s - self._started_s)  # tiles a second
         left = f", {(self._num_tiles - self._num_tried) / rate / 3600:.1f} h left" if rate else ""
-        print(
+        say(
             f"captions: {self._num_tried:,} of {self._num_tiles:,} {self._unit}, {len(self.errors):,} failed, "
             f"{rate * 60:,.0f} a minute{left}",
-            flush=True,
+            num_tried=self._num_tried,
+            num_tiles=self._num_tiles,
+            num_failed=len(self.errors),
+            tiles_per_s=rate,
         )
 
 

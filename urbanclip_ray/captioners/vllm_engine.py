@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from urbanclip_ray import metrics
 from urbanclip_ray.captioners.base import Origin, Tile, UnusableCaptionerError
 from urbanclip_ray.captioners.chat_endpoint import drawn_decoding
 from urbanclip_ray.captioners.model_files import ModelReference, fetch_model
@@ -183,7 +184,7 @@ def fill_store(rows: Dataset, work: CaptionWork) -> Dataset:
     beside = dataflow.beside_actors(config.num_actors)
     answers = engine(questions).map(read_answer, **beside)
     return answers.map_batches(
-        Commit(work.store_of, work.job.name),
+        Commit(work.store_of, work.job.name, work.run),
         batch_size=config.tiles_per_batch * config.decoding.num_samples,
         batch_format="pyarrow",
         **beside,
@@ -196,9 +197,10 @@ class Commit:
     A tile with several samples is one outcome, or one more where some of them failed in another batch.
     """
 
-    def __init__(self, store_of: Callable[[str], CaptionStore], job: str) -> None:
+    def __init__(self, store_of: Callable[[str], CaptionStore], job: str, run: str = "") -> None:
         self._store_of = store_of
         self._job = job
+        self._run = run  # its name in the metrics
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         by_prompt: dict[str, list[dict[str, Any]]] = {}
@@ -211,6 +213,9 @@ class Commit:
             texts = [StoredCaption(row["sha256"], row["sample"], row["text"]) for row in rows if row["error"] is None]
             self._store_of(prompt).add_failed(name, failed.values())
             self._store_of(prompt).add(name, texts)
+            metrics.CAPTIONS.add(len(texts), run=self._run)
+            for tile in failed.values():
+                metrics.CAPTION_FAILURES.add(1, run=self._run, reason=metrics.bounded(tile.reason))
             first_samples = [row["tile_id"] for row in rows if row["sample"] == 0]
             outcomes |= {(tile_id, prompt): None for tile_id in first_samples}
             outcomes |= {(tile.tile_id, prompt): tile.reason for tile in failed.values()}

@@ -17,6 +17,7 @@ import ray
 from rich.console import Console
 from rich.progress import Progress
 
+from urbanclip_ray import metrics
 from urbanclip_ray.evaluate.methods import features_of
 from urbanclip_ray.evaluate.metrics import r2
 from urbanclip_ray.evaluate.regression import MLP, Probe, ProbeData
@@ -91,8 +92,11 @@ def parts_by_draw(rows: pa.Table, tile_ids: pa.Array) -> dict[Draw, np.ndarray]:
     return found
 
 
-def run_fits(inputs: Inputs, fits: list[Fit]) -> Results:
-    """Everything fitted, in parallel; indicators with too few tiles in a part of a fit are left out of it."""
+def run_fits(inputs: Inputs, fits: list[Fit], run: str = "") -> Results:
+    """Everything fitted, in parallel; indicators with too few tiles in a part of a fit are left out of it.
+
+    `run` is its name in the metrics.
+    """
     work = ray.remote(num_cpus=1, runtime_env={"env_vars": ONE_THREAD})(_fit)
     shared = ray.put(inputs)
     names = dict.fromkeys(features_of(method) for method in inputs.probes)
@@ -108,6 +112,7 @@ def run_fits(inputs: Inputs, fits: list[Fit]) -> Results:
                 for found in ray.get(done):
                     results |= found
                 progress.advance(bar, len(done))
+                metrics.PROBE_FITS.add(len(done), run=run)
     finally:
         for reference in pending:
             ray.cancel(reference)  # after an error, the rest would compute for nobody

@@ -86,7 +86,7 @@ def probe(
     if config.refuse_leaks:
         refuse_leaks(leaks)
     fits, too_small = _plan_fits(inputs, config)
-    results = run_fits(inputs, fits)
+    results = run_fits(inputs, fits, publication.run)
     setting = _setting(inputs, places, results, embeddings, splits, split)
     _publish(inputs, tile_ids, results, config, publication, setting, split, leaks)
     publication.facts["skipped"] = features.skipped

@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 from PIL import Image
 
 from urbanclip_ray import imagery
+from urbanclip_ray.parquet_files import open_parquet
 from urbanclip_ray.storage import Dataset, resolve
 
 TILES_PER_BATCH = 256  # of one read: bounds the memory that encoded tiles take
@@ -104,9 +104,8 @@ def _squares(tiles: Dataset, chosen: set[str], side_px: int) -> Iterator[tuple[s
 
     with ThreadPoolExecutor() as pool:  # Pillow lets go of the interpreter while it decodes
         for path in tiles.parquet_paths():
-            with filesystem.open_input_file(path) as file:
-                batches = pq.ParquetFile(file).iter_batches(TILES_PER_BATCH, columns=["tile_id", "image", "error"])
-                for batch in batches:
+            with open_parquet(filesystem, path) as file:
+                for batch in file.batches(["tile_id", "image", "error"], TILES_PER_BATCH):
                     rows = [row for row in batch.to_pylist() if row["tile_id"] in chosen and row["error"] is None]
                     for row, pixels in zip(rows, pool.map(square, rows), strict=True):
                         if pixels is not None:

@@ -94,7 +94,7 @@ def export_pairs(run: Run, options: ExportOptions) -> Manifest:
     card = write_card(release, plan).encode()
     write_bytes(join(options.output, CARD), card)
     manifest = _manifest(made_of, parents, plan, [*entries, _entry(CARD, card)])
-    if not create_exclusively(join(options.output, MANIFEST), manifest.model_dump_json(indent=1).encode()):
+    if not create_exclusively(join(options.output, MANIFEST), manifest.to_bytes()):
         raise StorageError(f"{options.output}: another export has finished there meanwhile: choose another --output")
     return manifest
 

@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from urbanclip_ray.config import ConfigError
+from urbanclip_ray.parquet_files import read_parquet
 from urbanclip_ray.sources.sample_names import DATA_FOLDER, SPLIT_NAMES, UNASSIGNED
 from urbanclip_ray.storage import Dataset, resolve
 
@@ -119,7 +119,7 @@ def _read_columns(dataset: Dataset, columns: list[str]) -> pa.Table:
 
     def read(item: tuple[int, str]) -> pa.Table:
         number, path = item
-        table = pq.read_table(path, columns=columns, filesystem=filesystem, partitioning=None)
+        table = read_parquet(filesystem, [path], columns)
         if "texts" in columns:
             lengths = pc.list_value_length(table["texts"])
             table = table.drop_columns("texts").append_column("num_texts", lengths)

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from urbanclip_ray import storage
+from urbanclip_ray.parquet_files import open_parquet, read_parquet
 from urbanclip_ray.release.plan import Format, ShardPlan
 from urbanclip_ray.schema import TILES
 from urbanclip_ray.sources.sample_names import FACTS, image_extension, key_of
@@ -73,7 +74,7 @@ def write_shard(plan: ShardPlan, settings: ShardSettings) -> storage.FileEntry:
 def _rows(plan: ShardPlan, settings: ShardSettings) -> Iterator[pa.Table]:
     """The shard's tiles with their texts, in tables of `ROWS_PER_GROUP` rows wherever files of ours end."""
     pairs, _ = storage.resolve(settings.pairs_uri)
-    texts = pq.read_table(plan.pair_paths, columns=["tile_id", "texts"], filesystem=pairs, partitioning=None)
+    texts = read_parquet(pairs, plan.pair_paths, ["tile_id", "texts"])
     texts = texts.filter(pc.is_in(texts["tile_id"], value_set=plan.tile_ids))
     waiting: list[pa.Table] = []
     for tiles in _tiles(plan, settings):
@@ -92,9 +93,9 @@ def _tiles(plan: ShardPlan, settings: ShardSettings) -> Iterator[pa.Table]:
     filesystem, _ = storage.resolve(settings.tiles_uri)
     columns = ["tile_id", *FACTS, *(["image"] if settings.pixels else [])]
     for path in plan.tile_paths:
-        with filesystem.open_input_file(path) as file:
-            for batch in pq.ParquetFile(file).iter_batches(batch_size=ROWS_PER_GROUP, columns=columns):
-                yield pa.Table.from_batches([batch]).filter(pc.is_in(batch["tile_id"], value_set=plan.tile_ids))
+        with open_parquet(filesystem, path) as file:
+            for rows in file.batches(columns, ROWS_PER_GROUP):
+                yield rows.filter(pc.is_in(rows["tile_id"], value_set=plan.tile_ids))
 
 
 def _write_tar(file: HashedFile, tables: Iterator[pa.Table], part: str | None) -> int:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 
-from urbanclip_ray import dataflow
+from urbanclip_ray import dataflow, metrics
 from urbanclip_ray.config import IngestConfig
 from urbanclip_ray.errors import UserError
 from urbanclip_ray.imagery import TileImageError, decode
@@ -55,7 +55,7 @@ def ingest_tiles(source: Source, config: IngestConfig, publication: Publication)
     rows_per_file = config.tiles_per_batch * BATCHES_PER_FILE
     blocks = [records.slice(start, rows_per_file) for start in range(0, records.num_rows, rows_per_file)]
     dataflow.connect()
-    check = partial(check_tiles, source=source, config=config)
+    check = partial(check_tiles, source=source, config=config, run=publication.run)
     rows = dataflow.map_tables(ray.data.from_arrow(blocks), check, batch_size=config.tiles_per_batch, each=config)
     dataflow.write(rows, publication)
 
@@ -80,13 +80,14 @@ def as_table(records: Sequence[TileRecord]) -> pa.Table:
     return pa.table(columns, schema=RECORDS)
 
 
-def check_tiles(records: pa.Table, source: Source, config: IngestConfig) -> pa.Table:
+def check_tiles(records: pa.Table, source: Source, config: IngestConfig, run: str = "") -> pa.Table:
     """A batch of records as rows of the `tiles` dataset: no more than a batch is read ahead of what is checked."""
     with ThreadPoolExecutor(READ_THREADS) as pool:
         contents = pool.map(partial(_read, source), records["location"].to_pylist())
         checked = [content if isinstance(content, CheckedImage) else _check(content, config) for content in contents]
     columns = {name: records[name].combine_chunks() for name in records.column_names if name != "location"}
     columns |= {name: [getattr(item, name) for item in checked] for name in CheckedImage._fields}
+    metrics.TILES_READ.add(len(checked), run=run)
     return dataflow.conform(columns, TILES)
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
+from urbanclip_ray.seals import BLANK, is_intact, seal
 from urbanclip_ray.storage import FileEntry, exists, join, list_folders, open_file
 from urbanclip_ray.train.fragments import MOMENTS
 from urbanclip_ray.train.tensor_file import BUFFER_BYTES, DamagedError, first_error, open_tensors
@@ -70,6 +71,11 @@ class Commit(BaseModel):
     attempt: str
     num_ranks: PositiveInt
     files: tuple[FileEntry, ...]
+    seal: str = ""  # of the file itself, see `seals`; older commits have none
+
+    def to_bytes(self) -> bytes:
+        """The sealed file."""
+        return seal(self.model_copy(update={"seal": BLANK}).model_dump_json(indent=1).encode())
 
 
 class Checkpoint(NamedTuple):
@@ -121,6 +127,8 @@ def read_checkpoint(uri: str, commit: bytes) -> Checkpoint:
     """All that a commit and the JSON files of its folder say. Raises DamagedError naming the file that cannot be true."""
     where = join(uri, COMMIT)
     said = parse(Commit, commit, where)
+    if not is_intact(commit, bool(said.seal)):
+        raise DamagedError(f"{where} is damaged: it is not what was sealed")
     if (said.step, said.attempt) != parse_folder(uri):
         raise DamagedError(f"{where} is damaged: it is of step {said.step}, attempt {said.attempt[:20]!r}")
     files = {entry.path: entry for entry in said.files}

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
+from urbanclip_ray import metrics
 from urbanclip_ray.storage import (
     FileEntry,
     StorageError,
@@ -62,12 +63,13 @@ class Snapshot(NamedTuple):
 
 class CheckpointWriter:
     """Saves checkpoints below `root`, of which the newest `keep` stay. Made and called by all ranks alike.
+    `run` is their name in the metrics.
 
     A context manager: at the end of its block the last checkpoint is waited for, unless an error is on its way.
     """
 
-    def __init__(self, root: str, keep: int, ranks_timeout_s: float = RANKS_TIMEOUT_S) -> None:
-        self._root, self._keep, self._ranks_timeout_s = root, keep, ranks_timeout_s
+    def __init__(self, root: str, keep: int, ranks_timeout_s: float = RANKS_TIMEOUT_S, run: str = "") -> None:
+        self._root, self._keep, self._ranks_timeout_s, self._run_name = root, keep, ranks_timeout_s, run
         self._rank, self._num_ranks = rank_and_world()
         self._attempt = from_first(secrets.token_hex, 4)
         self._thread: threading.Thread | None = None
@@ -89,6 +91,7 @@ class CheckpointWriter:
         `history`, `progress` (JSON: which rows were consumed) and further small `files` are written by rank 0. A save
         before it that is still being written is waited for. Raises what went wrong with that one.
         """
+        start = time.monotonic()
         self._finish()
         pieces, tensors = _copy_state(engine, average)
         run = {RUN: json.dumps({"history": history, "progress": progress}).encode(), **files} if self._rank == 0 else {}
@@ -96,6 +99,7 @@ class CheckpointWriter:
         # a daemon, so that waiting for the files of a rank that died does not keep this process alive
         self._thread = threading.Thread(target=self._run, args=(snapshot,), daemon=True, name="checkpoint")
         self._thread.start()
+        metrics.CHECKPOINT_STALL_SECONDS.add(time.monotonic() - start, run=self._run_name, rank=self._rank)
 
     def close(self, wait: bool = True) -> None:
         """Wait for the last save, and raise what went wrong with it; or give it up, at the latest when the process ends."""
@@ -120,9 +124,13 @@ class CheckpointWriter:
 
     def _run(self, snapshot: Snapshot) -> None:
         try:
+            start = time.monotonic()
             self._write(snapshot)
+            metrics.CHECKPOINT_WRITE_SECONDS.add(time.monotonic() - start, run=self._run_name, rank=self._rank)
+            metrics.CHECKPOINT_BYTES.add(len(snapshot.tensors), run=self._run_name, rank=self._rank)
             if self._rank == 0 and (entries := self._wait_for_ranks(snapshot)):
                 self._commit(snapshot, entries)
+                metrics.CHECKPOINTS.add(1, run=self._run_name)
                 self._prune(snapshot.step)
         except BaseException as error:  # of a thread: raised by the next save, or by close
             self._error = error
@@ -177,7 +185,7 @@ class CheckpointWriter:
         files = [*entries, *(sum_of(name, data) for name, data in snapshot.files.items())]
         commit = Commit(step=snapshot.step, attempt=self._attempt, num_ranks=self._num_ranks, files=tuple(files))
         uri = self._uri(snapshot.step)
-        if not create_exclusively(join(uri, COMMIT), commit.model_dump_json(indent=1).encode()):
+        if not create_exclusively(join(uri, COMMIT), commit.to_bytes()):
             raise StorageError(f"{uri} was committed by somebody else: does the same training run twice?")
 
     def _prune(self, step: int) -> None:

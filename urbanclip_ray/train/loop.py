@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from urbanclip_ray.config import RunConfig
+from urbanclip_ray.logs import say
 from urbanclip_ray.model.coca import CoCa, build_model
 from urbanclip_ray.model.parts import freeze_parts
 from urbanclip_ray.model.pretrained import fill_start
@@ -36,6 +37,7 @@ from urbanclip_ray.train.progress import Progress
 from urbanclip_ray.train.shards import ShardReader, count_steps
 from urbanclip_ray.train.speed import Speedometer
 from urbanclip_ray.train.step import take_step
+from urbanclip_ray.train.telemetry import StepMetrics
 from urbanclip_ray.train.validate import validate
 
 AfterStep = Callable[["Rank", int, int], None]  # the rank, the steps taken, all steps: called alike by all ranks
@@ -79,7 +81,8 @@ def train_rank(spec: TrainSpec) -> None:
     curves = Curves(spec.tensorboard_uri if dist.get_rank() == 0 else None, rank.history, first_step)
     validate_at = {math.ceil(num_steps * (part + 1) / config.validations) for part in range(config.validations)}
     speed = Speedometer(rank.engine.device, config, num_steps, first_step)
-    with CheckpointWriter(spec.checkpoints_uri, config.keep_checkpoints) as writer:
+    telemetry = StepMetrics(spec.config.run, dist.get_rank(), config, num_steps)
+    with CheckpointWriter(spec.checkpoints_uri, config.keep_checkpoints, run=spec.config.run) as writer:
         for step in speed.waits(prefetch(train_steps(rank.reader, rank.maker, rank.order, dist.get_rank()))):
             result = speed.run(partial(take_step, rank.engine, step, num_steps, config))
             stop_if_not_finite(result, rank.shards, spec.failures_uri)
@@ -88,10 +91,12 @@ def train_rank(spec: TrainSpec) -> None:
                 rank.average.update(taken)
             record = result.record | speed.tick(result.num_tokens)
             curves.train(record)
+            telemetry.step(record, result.num_tokens)
             speed.show(record)
             if taken in validate_at and rank.val_reader.num_rows:
                 figures = validate(rank.engine, rank.val_reader, rank.maker, rank.tokenizer, config)
                 curves.validation({"step": taken, "epoch": step.epoch, **figures})
+                telemetry.validation(figures)
                 show_validation(figures, taken, num_steps)
             if spec.after_step is not None:  # before the checkpoint: whoever resumes from it finds this done
                 spec.after_step(rank, taken, num_steps)
@@ -135,13 +140,13 @@ def start_rank(spec: TrainSpec) -> Rank:
     if index == 0:
         num_parameters = sum(value.numel() for value in model.parameters())
         memory = plan_memory(num_parameters, model.embedding_width, model.image_px, config, num_ranks)
-        print(f"{counted(num_ranks, 'worker')} in {config.precision}: each will hold {describe_memory(memory)}", flush=True)
+        say(f"{counted(num_ranks, 'worker')} in {config.precision}: each will hold {describe_memory(memory)}")
     checkpoint = find_checkpoint(spec.checkpoints_uri)
     engine, average = start_training(model, spec, checkpoint)
     progress = Progress.from_json(checkpoint.progress) if checkpoint else None
     order = Order(reader.rows_per_file, config, num_ranks, progress)
     if checkpoint is not None and index == 0:
-        print(f"going on from {checkpoint.uri}, after {order.first_step} of {order.num_steps} steps", flush=True)
+        say(f"going on from {checkpoint.uri}, after {order.first_step} of {order.num_steps} steps", step=order.first_step)
     maker = BatchMaker(config, spec.config.pixels, tokenizer, model.image_px, spec.config.resources.cpus_per_worker)
     history = checkpoint.history if checkpoint else None
     return Rank(engine, average, shards, reader, val_reader, order, maker, tokenizer, history)
@@ -180,9 +185,10 @@ def write_results(spec: TrainSpec, rank: Rank, curves: Curves) -> None:
 
 def show_validation(figures: dict[str, float], taken: int, num_steps: int) -> None:
     if dist.get_rank() == 0:
-        print(
+        say(
             f"step {taken}/{num_steps} validation: contrastive {figures['contrastive']:.3f}, caption "
             f"{figures['caption']:.3f}, R@10 image to text {figures['image_to_text_r10']:.1%}, text to image "
             f"{figures['text_to_image_r10']:.1%} ({figures['num_images']:.0f} images, {figures['num_texts']:.0f} texts)",
-            flush=True,
+            step=taken,
+            validation=figures,
         )

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from urbanclip_ray.parquet_files import read_parquet
 from urbanclip_ray.storage import Dataset, join, resolve
 from urbanclip_ray.train.parts import rows_of_files
 
@@ -50,7 +50,7 @@ class ShardReader:
             self._open.move_to_end(file)
         else:
             filesystem, path = resolve(self._uris[file])  # now: keys that end within the hour are renewed there
-            self._open[file] = pq.read_table(path, filesystem=filesystem), self._inside[file].indices()
+            self._open[file] = read_parquet(filesystem, [path], None), self._inside[file].indices()
             while len(self._open) > self._max_open:
                 self._open.popitem(last=False)
         return self._open[file]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from urbanclip_ray.config import TrainConfig
+from urbanclip_ray.logs import say
 
 PRINT_EVERY_S = 15.0
 PEAK_SIDE = {"cpu": 1024, "cuda": 8192}  # of square matrices; 10 ms of a CPU core with bf16 units, 2 ms of an H100
@@ -103,13 +104,13 @@ class Speedometer:
         self._shown = self._last
         spent_s = self._last - self._start
         left_s = spent_s / max(1, taken - self._first) * (self._num_steps - taken)
-        print(
+        say(
             f"step {taken}/{self._num_steps} epoch {int(record['epoch']) + 1}: contrastive {record['contrastive']:.3f}, "
             f"caption {record['caption']:.3f}, lr {record['lr']:.1e}, {record['samples_per_s']:.3g} samples/s, "
             f"{record['tokens_per_s']:.3g} tokens/s, {record['flops_share_of_peak']:.0%} of the matrix peak of "
             f"{self._peak_flops_per_s / 1e9:.4g} GFLOP/s, {self._waited_in_all_s / spent_s:.1%} waiting for data, "
             f"{left_s / 60:.1f} min left",
-            flush=True,
+            **record,
         )
 
 

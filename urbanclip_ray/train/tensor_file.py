@@ -16,7 +16,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
 from torch import Tensor
 
-from urbanclip_ray.storage import StorageError, open_file
+from urbanclip_ray.storage import DamagedError as DamagedError
+from urbanclip_ray.storage import open_file
 
 DTYPES = {"F32": torch.float32, "U8": torch.uint8}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -24,10 +25,6 @@ LENGTH_BYTES = 8
 ALIGNMENT_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 BUFFER_BYTES = 16 << 20  # of one request to object storage
-
-
-class DamagedError(StorageError):
-    """A file that is not what was written."""
 
 
 class TensorEntry(BaseModel):

@@ -121,6 +121,13 @@ def assert_refused(root: Path, name: str, message: str = "damaged") -> None:
     assert "trying the checkpoint before it" in warnings[0]
 
 
+def unsealed_commit(folder: Path) -> dict[str, Any]:
+    """What a commit says, to be written as somebody else would: a seal finds mishaps, not people."""
+    commit = json.loads((folder / COMMIT).read_bytes())
+    del commit["seal"]
+    return commit
+
+
 def commit_anew(folder: Path) -> None:
     """Write the sizes and checksums of the files as they are now into the indices and the commit, as an attacker would."""
 
@@ -136,7 +143,7 @@ def commit_anew(folder: Path) -> None:
         if isinstance(said, dict) and "keeps its sums" not in said:
             said["tensors"] = entry(index.name.replace(".json", ".safetensors"))
         index.write_text(json.dumps(said))
-    commit = json.loads((folder / COMMIT).read_bytes())
+    commit = unsealed_commit(folder)
     commit["files"] = [entry(file["path"]) for file in commit["files"]]
     (folder / COMMIT).write_text(json.dumps(commit))
 
@@ -279,7 +286,7 @@ NO_COMMIT = {"files": [{"path": ""}], "step": 0, "num_ranks": 0, "attempt": ""}
 def test_a_hostile_commit_is_refused_and_the_checkpoint_before_is_used(root, newest, kind):
     secret = root.parent / "secret.json"
     secret.write_text("{}")
-    commit = json.loads((newest / COMMIT).read_bytes())
+    commit = unsealed_commit(newest)
     (newest / COMMIT).write_bytes(hostile_commits(commit, secret)[kind])
     assert_refused(root, newest.name)
     assert set(find(root)[0].files) == {*RANK_FILES, *FILES, RUN}
@@ -287,7 +294,7 @@ def test_a_hostile_commit_is_refused_and_the_checkpoint_before_is_used(root, new
 
 def test_a_commit_of_one_more_plain_file_is_taken(root, newest):
     """So that what is refused above is refused for its name."""
-    commit = json.loads((newest / COMMIT).read_bytes())
+    commit = unsealed_commit(newest)
     (newest / "secret.json").write_bytes(b"{}")
     commit["files"].append({"path": "secret.json", "num_bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()})
     (newest / COMMIT).write_text(json.dumps(commit))
@@ -492,7 +499,7 @@ def test_a_size_that_is_only_claimed_is_never_allocated(root, newest):
         file.truncate(1 << 30)  # a hole that takes no room on disk
         file.seek(0)
         file.write(struct.pack("<Q", 1 << 29))
-    commit = json.loads((newest / COMMIT).read_bytes())
+    commit = unsealed_commit(newest)
     next(entry for entry in commit["files"] if entry["path"] == where.name)["num_bytes"] = 1 << 30
     (newest / COMMIT).write_text(json.dumps(commit))
     ((step, grown_bytes),) = run_ranks(find_in_rank, 1, str(root))

@@ -50,8 +50,13 @@ def packed(request, tmp_path_factory):
 def reads(monkeypatch):
     """Paths of files that are read, in order."""
     found = []
-    real = shards.pq.read_table
-    monkeypatch.setattr(shards.pq, "read_table", lambda path, **named: found.append(path) or real(path, **named))
+    real = shards.read_parquet
+
+    def read(filesystem, paths, columns):
+        found.extend(paths)
+        return real(filesystem, paths, columns)
+
+    monkeypatch.setattr(shards, "read_parquet", read)
     return found
 
 
@@ -112,7 +117,7 @@ def test_a_manifest_that_does_not_know_its_files_is_refused_with_the_fix(packed,
     ]
     for fact in broken:
         packed_badly = packed.manifest.model_copy(update={"facts": {ROWS_OF_FILES: fact}})
-        (tmp_path / "manifest.json").write_bytes(packed_badly.model_dump_json().encode())
+        (tmp_path / "manifest.json").write_bytes(packed_badly.to_bytes())
         with pytest.raises(StorageError, match=r"its manifest .* pack it again"):
             rows_of_files(open_dataset(str(tmp_path)))
 

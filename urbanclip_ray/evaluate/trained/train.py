@@ -18,6 +18,7 @@ import ray
 from urbanclip_ray import dataflow
 from urbanclip_ray.config import AugmentConfig, BaselineName, ConfigError, RunConfig
 from urbanclip_ray.evaluate.targets import target_of, to_space
+from urbanclip_ray.logs import say
 from urbanclip_ray.storage import Dataset, Publication
 
 NO_AUGMENTATION = AugmentConfig(min_area_share=1, flips=False)
@@ -82,7 +83,8 @@ def train_baseline(name: BaselineName, work: BaselineWork) -> BaselineFiles:
 
 
 def _report(name: str, start_s: float, text: str) -> None:
-    print(f"baseline {name}: {text}, {time.monotonic() - start_s:.0f} s", flush=True)
+    seconds = time.monotonic() - start_s
+    say(f"baseline {name}: {text}, {seconds:.0f} s", baseline=name, seconds=seconds)
 
 
 def _fit_pca(tiles: Any, config: RunConfig) -> tuple[Any, Any, dict[str, Any]]:
