@@ -94,4 +94,5 @@ def _is_damage(error: Exception) -> bool:
 
 
 def _name(filesystem: pafs.FileSystem, path: str) -> str:
-    return path if isinstance(filesystem, pafs.LocalFileSystem) else f"s3://{path}"
+    scheme = {"gcs": "gs"}.get(filesystem.type_name, filesystem.type_name)
+    return path if scheme == "local" else f"{scheme}://{path}"

@@ -208,4 +208,4 @@ def test_mlflow_has_a_run_of_every_trial_with_its_values_and_its_scores_over_tra
 
 def test_the_job_says_where_to_look(watched):
     assert f"tensorboard --logdir {watched.run}/search/" in watched.output
-    assert "Ray's dashboard: http://127.0.0.1:" in watched.output
+    assert "where to look: dashboard http://127.0.0.1:" in watched.output
