@@ -102,6 +102,11 @@ def log_folder() -> str:
     return str(node.get_logs_dir_path()) if node else "/tmp/ray/session_latest/logs"  # noqa: S108 Ray's own default
 
 
+def has_dashboard() -> bool:
+    """Whether the cluster that this process is connected to has Ray's dashboard, and with it its state API."""
+    return bool(ray._private.worker.get_dashboard_url())
+
+
 def map_files(
     dataset: Dataset,
     columns: list[str],
