@@ -121,6 +121,11 @@ def where_to_look(dashboard: str | None) -> str:
     return "where to look: " + ", ".join(f"{name} {place}" for name, place in places.items())
 
 
+def has_dashboard() -> bool:
+    """Whether the cluster that this process is connected to has Ray's dashboard, and with it its state API."""
+    return bool(ray._private.worker.get_dashboard_url())
+
+
 def map_files(
     dataset: Dataset,
     columns: list[str],

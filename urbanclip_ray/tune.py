@@ -103,11 +103,17 @@ def run_search(config: RunConfig, shards: Sequence[Dataset], labels: Dataset, pu
 
     Trials see the training and validation rows of the shards and the labels of these; test tiles are in neither. A trial that
     fails is tried again, and then is a row with its error. Raises ConfigError where no trial could be judged or stopped, and
-    SearchError when the search was interrupted, or no trial got as far as a report: the same command goes on.
+    SearchError when the search was interrupted, every trial failed, or this Ray cannot free what a stopped one held: the same
+    command goes on.
     """
     maker, planned = JobMaker(config, shards, labels), plan_trials(config)
     scheduler = make_scheduler(config.tune, [trial.config for trial in planned], training_rows(shards))
     dataflow.connect()
+    if not dataflow.has_dashboard():
+        raise SearchError(
+            "this Ray has no dashboard, by whose state API the places of trials that are stopped are given back: start it with "
+            "ray start --head --include-dashboard=true, where pip install 'ray[default]' has brought what that needs"
+        )
     budget = Budget(config.tune.max_samples, config.tune.max_minutes)
     searcher = TrialSearcher(config, publication.uri, lambda: budget.samples_are_spent)
     print(look_meanwhile(publication.uri), flush=True)
