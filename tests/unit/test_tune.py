@@ -22,7 +22,7 @@ from urbanclip_ray.search_scheduling import Budget, Halving, count_concurrent, m
 from urbanclip_ray.search_space import plan_trials
 from urbanclip_ray.searchers import TrialSearcher
 from urbanclip_ray.storage import Dataset, open_dataset, publish
-from urbanclip_ray.tune import JobMaker, SearchError, TrialJob, refuse_all_failed, run_trial
+from urbanclip_ray.tune import JobMaker, SearchError, TrialJob, refuse_all_failed, run_search, run_trial
 
 CONFIG = apply_overrides(
     load_recipe("tiny_test"),
@@ -261,3 +261,14 @@ def test_a_search_of_which_every_trial_failed_can_be_run_again(shards, labels, t
         TrialResult(job.trial, failed, state, job.uri) for job, state in zip(jobs, ("failed", "stopped"), strict=False)
     ]
     refuse_all_failed(one_stopped)
+
+
+def test_a_search_is_refused_where_ray_has_no_dashboard(shards, labels, tmp_path, monkeypatch):
+    monkeypatch.setattr("urbanclip_ray.dataflow.connect", lambda: None)
+    monkeypatch.setattr("urbanclip_ray.dataflow.has_dashboard", lambda: False)
+    config = apply_overrides(CONFIG, [f"storage={tmp_path}"])
+    with (
+        pytest.raises(SearchError, match="has no dashboard.*--include-dashboard=true"),
+        publish(str(tmp_path / "search"), "search", {}, {}) as publication,
+    ):
+        run_search(config, [shards], labels, publication)
