@@ -268,7 +268,7 @@ def test_a_search_is_refused_where_ray_has_no_dashboard(shards, labels, tmp_path
     monkeypatch.setattr("urbanclip_ray.dataflow.has_dashboard", lambda: False)
     config = apply_overrides(CONFIG, [f"storage={tmp_path}"])
     with (
-        pytest.raises(SearchError, match="has no dashboard.*--include-dashboard=true"),
+        pytest.raises(SearchError, match=r"has no dashboard.*--include-dashboard=true"),
         publish(str(tmp_path / "search"), "search", {}, {}) as publication,
     ):
         run_search(config, [shards], labels, publication)
