@@ -84,7 +84,7 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("recipe: moon", "'moon' is not known; choose one of"),
         ("recipe: mine.yaml", "recipe names a recipe of ours, not 'mine.yaml'"),
         ("recipe: [own_tiles]", "recipe names a recipe of ours"),
-        ("run: " + "x" * MOST_BYTES, "bytes are no recipe"),
+        ("run: " + "x" * MOST_BYTES, "it has more than 1,048,576 bytes"),
         ("run: \x00", "no YAML of a recipe"),
     ],
 )
