@@ -84,7 +84,7 @@ def serve(status: int, headers: dict[str, str]) -> Iterator[Server]:
                 self.send_header(name, value)
             self.end_headers()
 
-        do_GET = do_HEAD = do_PUT = do_POST = answer
+        do_GET = do_HEAD = do_PUT = do_POST = answer  # noqa: N815 http.server's names
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -254,7 +254,7 @@ def test_an_index_of_weights_that_names_other_files_is_refused(blip, shard):
 
 def test_code_beside_a_model_is_not_run(blip, tmp_path):
     (blip / "modeling.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'sprung')!r})\n")
-    remote = {name: "modeling.Model" for name in ("AutoConfig", "AutoModelForImageTextToText", "AutoProcessor")}
+    remote = dict.fromkeys(("AutoConfig", "AutoModelForImageTextToText", "AutoProcessor"), "modeling.Model")
     for name in ("config.json", "processor_config.json", "preprocessor_config.json"):
         if (blip / name).exists():
             change_json(blip / name, auto_map=remote)

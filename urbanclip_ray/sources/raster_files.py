@@ -73,8 +73,8 @@ def _refuse_huge_blocks(dataset: Any, uri: str) -> None:
     num_bytes = rows * columns * sum(np.dtype(kind).itemsize for kind in dataset.dtypes)
     if num_bytes > MAX_BLOCK_BYTES:
         raise SourceError(
-            f"{uri} is stored in blocks of {columns} x {rows} px, and a worker would hold {num_bytes >> 20} MiB for one: convert "
-            "it with gdal_translate -of COG"
+            f"{uri} is stored in blocks of {columns} x {rows} px, and a worker would hold {num_bytes >> 20} MiB for one: "
+            "convert it with gdal_translate -of COG"
         )
 
 
