@@ -141,7 +141,7 @@ def open_client(store: StoreConfig, attempts: int = ATTEMPTS) -> Any:
     from botocore.config import Config
 
     access = find_access(store)
-    return botocore.session.Session().create_client(
+    client = botocore.session.Session().create_client(
         "s3",
         endpoint_url=access.endpoint or None,
         region_name=access.region or None,
@@ -157,6 +157,14 @@ def open_client(store: StoreConfig, attempts: int = ATTEMPTS) -> Any:
             s3={"addressing_style": "path"} if access.endpoint else None,  # as pyarrow addresses buckets
         ),
     )
+    if access.endpoint:
+        client.meta.events.register("before-call.s3", _ask_once)
+    return client
+
+
+def _ask_once(context: dict[str, Any], **_: Any) -> None:
+    """Where a server redirects, botocore asks it for the bucket's region, is redirected again, and so on without end."""
+    context.setdefault("s3_redirect", {})["redirected"] = True
 
 
 def split_uri(uri: str) -> tuple[str, str]:

@@ -193,7 +193,10 @@ def test_a_raster_reaches_no_server_and_no_other_file(tmp_path, uri):
             f"<SourceFilename>/vsicurl/{server.url}/x.tif</SourceFilename><SourceBand>1</SourceBand></SimpleSource>"
             "</VRTRasterBand></VRTDataset>"
         )
-        with pytest.raises((SourceError, FileNotFoundError)), open_raster(uri.format(url=server.url, folder=tmp_path)):
+        with (
+            pytest.raises((SourceError, StorageError, FileNotFoundError)),
+            open_raster(uri.format(url=server.url, folder=tmp_path)),
+        ):
             pass
         assert server.asked == []
 
@@ -293,7 +296,7 @@ BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("a
     ("text", "words"),
     [
         (BOMB, "aliases are not taken"),
-        ("[" * 50_000, "nested too deeply"),
+        ("[" * 5000, "nested too deeply"),
         ("x" * (2 << 20), "more than 1,048,576 bytes"),
         ("lead: !!python/object/apply:os.mkdir [HERE]", "could not determine a constructor"),
     ],
@@ -331,18 +334,18 @@ def frames(kind: str, count: int) -> bytes:
     return stream.getvalue()
 
 
-TEXT_BOMB = (b"zTXt", b"Comment\0\0" + zlib.compress(bytes(500_000_000), 9))
+TEXT_BOMB = (b"zTXt", b"Comment\0\0" + zlib.compress(bytes(100_000_000), 1))
 IMAGES: dict[str, Callable[[], bytes]] = {  # what must be refused, or cost no more than its first frame
     "a huge header": lambda: png(100_000, 100_000),
     "wide and flat": lambda: png(2**31 - 1, 1),
-    "half a gigabyte of comment": lambda: png(64, 64, TEXT_BOMB),
+    "a hundred megabytes of comment": lambda: png(64, 64, TEXT_BOMB),
     "directories without end": lambda: tiff(width=(256, 4, 64), height=(257, 4, 64), bits=(258, 3, 8), offset=(273, 4, 8)),
     "a strip of gigabytes": lambda: tiff(
         width=(256, 4, 7999), height=(257, 4, 7999), offset=(273, 4, 8), rows=(278, 4, 2**31), size=(279, 4, 2**32 - 1)
     ),
     "two thousand frames": lambda: frames("TIFF", 2000),
     "an animation": lambda: frames("WEBP", 500),
-    "nested archives": lambda: zlib.compress(zlib.compress(bytes(100_000_000), 9), 9),
+    "nested archives": lambda: zlib.compress(zlib.compress(bytes(10_000_000))),
 }
 DECODE = """
 import resource, sys, time
@@ -372,7 +375,7 @@ def test_image_bombs_are_refused_or_cost_one_frame_in_a_gigabyte_of_memory(tmp_p
     assert said["a huge header"] == said["wide and flat"] == "too many pixels"
     assert said["two thousand frames"] == said["an animation"] == "(64, 64)"
     assert said["nested archives"] == "not an image"
-    for name in ("half a gigabyte of comment", "directories without end", "a strip of gigabytes"):
+    for name in ("a hundred megabytes of comment", "directories without end", "a strip of gigabytes"):
         assert said[name] == "truncated or damaged"
 
 
