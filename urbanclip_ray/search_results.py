@@ -203,7 +203,10 @@ def show_search(search: Dataset, console: Console) -> None:
         values = json.loads(row["values"])
         seen = f"{row['samples']:,} of {row['total_samples']:,}" if row["total_samples"] else "0"
         minutes = "-" if row["seconds"] is None else f"{row['seconds'] / 60:.1f}"
-        cells = [*(Text(str(values[key])) for key in keys), *(_shown(row[name]) for name in ("score", "best_score"))]
+        cells: list[str | Text] = [
+            *(Text(str(values[key])) for key in keys),
+            *(_shown(row[name]) for name in ("score", "best_score")),
+        ]
         table.add_row(_name(row["trial"]), *cells, seen, minutes, Text(_ending(row)))  # no markup
     console.print(table)
     best = summary["best"]

@@ -121,6 +121,7 @@ def test_an_s3_server_that_redirects_is_refused_and_the_other_host_hears_nothing
             with pytest.raises((StorageError, OSError)):
                 call("s3://tiles/x/y")
         assert {asked.headers.get("x-amz-security-token") for asked in first.asked} == {"session-token"}
+        assert all("/us-east-1/s3/aws4_request" in asked.headers["authorization"] for asked in first.asked)
         assert other.asked == []
 
 

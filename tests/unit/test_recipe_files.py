@@ -9,8 +9,9 @@ import pytest
 
 from urbanclip_ray.config import ConfigError
 from urbanclip_ray.overrides import apply_overrides
-from urbanclip_ray.recipe_files import MOST_BYTES, recipe_text
+from urbanclip_ray.recipe_files import recipe_text
 from urbanclip_ray.recipes import RECIPES, load_recipe
+from urbanclip_ray.yaml_files import MOST_BYTES
 
 
 def write(folder: Path, text: str) -> str:
