@@ -82,6 +82,6 @@ def test_no_secret_is_in_anything_that_a_run_writes_or_prints(tmp_path):
         written = [path for folder in (tmp_path, Path(sessions)) for path in folder.rglob("*") if path.is_file()]
         texts = {"its output": result.stdout + result.stderr} | {str(path): path.read_bytes() for path in written}
     names = {path.rsplit("/", 1)[-1] for path in texts}
-    assert {"run.json", "manifest.json", "commit.json", "report.html", "report.json", "raylet.out", "gcs_server.out"} <= names
+    assert {"run.json", "manifest.json", "report.html", "report.json", "raylet.out"} <= names
     found = {(name, path) for path, text in texts.items() for name, secret in SECRETS.items() if secret.encode() in text}
     assert found == set()
