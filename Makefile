@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 S3_PORT ?= 7480
+AUDIT := .audit
+KNOWN_TO_BE_VULNERABLE := https://pypi.org/pypi/jinja2/2.11.0/json
 
-.PHONY: help venv demo test test-all faults bench lint cluster cluster-stop s3 s3-stop verify-gpu clean
+.PHONY: help venv demo test test-all faults bench lint audit cluster cluster-stop s3 s3-stop verify-gpu clean
 
 help:
 	@echo "make demo      install, then run the whole walk on real imagery; writes runs/demo/report/report.html"
@@ -15,6 +17,7 @@ help:
 	@echo "make bench     measure; writes runs/bench.json and prints a table (see tests/benchmarks/README.md)"
 	@echo "make s3        start an S3 server on this machine and say how to use it; make s3-stop ends it"
 	@echo "make lint      formatting, lint and strict types"
+	@echo "make audit     hold constraints.txt against PyPI's list of known vulnerabilities; needs the network"
 	@echo "make cluster   an autoscaling Ray cluster on this machine to submit jobs to; make cluster-stop ends it"
 	@echo "make venv      install only"
 	@echo "make verify-gpu  every stage on 200 tiles and one GPU; writes gpu.json"
@@ -60,6 +63,15 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A tool with dependencies of its own, so in an environment of its own. Where PyPI does not answer, it calls every package unknown
+# and ends well: so PyPI is asked for an old advisory first, and a package that could not be audited is an error.
+audit:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	@$(AUDIT)/bin/python -c 'import requests; requests.get("$(KNOWN_TO_BE_VULNERABLE)", timeout=30).json()["vulnerabilities"][0]' \
+	  2> /dev/null || { echo "NOT AUDITED: no advisories at $(KNOWN_TO_BE_VULNERABLE); this needs access to the network"; exit 1; }
+	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
+
 cluster: $(STAMP)
 	@$(BIN)/python cluster/local_cluster.py start
 
@@ -70,4 +82,4 @@ verify-gpu: $(STAMP)
 	$(BIN)/python jobs/verify_gpu.py --output gpu.json
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(AUDIT) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

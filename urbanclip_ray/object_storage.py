@@ -24,6 +24,11 @@ READ_TIMEOUT_S = 10
 CONFLICT_WAIT_S = 0.2
 
 KEY_VARIABLES = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+DEFAULT_REGION = "us-east-1"
+# pyarrow's AWS library follows redirects to any host, with the session token, and has one exception: in this region, which it
+# signs as the default one, it follows none.
+REGION_WITHOUT_REDIRECTS = "aws-global"
+REDIRECT_CODES = ("TemporaryRedirect", "Redirect", "301", "302", "303", "307", "308")
 REGION_CODES = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException")
 
 
@@ -52,7 +57,8 @@ class S3Files(pafs.S3FileSystem):
         options: dict[str, Any] = {"anonymous": store.anonymous, "region": access.region or None}
         if access.endpoint:
             scheme, _, host = access.endpoint.partition("://")
-            options |= {"scheme": scheme, "endpoint_override": host}
+            region = REGION_WITHOUT_REDIRECTS if access.region == DEFAULT_REGION else access.region
+            options |= {"scheme": scheme, "endpoint_override": host, "region": region}
             # servers that are not AWS's answer the newer, unasked-for checksums with 411; pyarrow has no other switch
             os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
         if access.key_id:
@@ -89,7 +95,7 @@ def find_access(store: StoreConfig) -> Access:
     region = store.region or settings.get("region") or _first("AWS_REGION", "AWS_DEFAULT_REGION")
     return Access(
         endpoint=endpoint.rstrip("/"),
-        region=region or ("us-east-1" if endpoint else ""),  # other servers accept any; a search for one takes seconds
+        region=region or (DEFAULT_REGION if endpoint else ""),  # other servers accept any; a search for one takes seconds
         key_id=frozen.access_key if frozen else _variable(store.key_id_variable, store),
         secret=frozen.secret_key if frozen else _variable(store.secret_variable, store),
         token=(frozen.token or "") if frozen else "",
@@ -135,7 +141,7 @@ def open_client(store: StoreConfig, attempts: int = ATTEMPTS) -> Any:
     from botocore.config import Config
 
     access = find_access(store)
-    return botocore.session.Session().create_client(
+    client = botocore.session.Session().create_client(
         "s3",
         endpoint_url=access.endpoint or None,
         region_name=access.region or None,
@@ -151,6 +157,14 @@ def open_client(store: StoreConfig, attempts: int = ATTEMPTS) -> Any:
             s3={"addressing_style": "path"} if access.endpoint else None,  # as pyarrow addresses buckets
         ),
     )
+    if access.endpoint:
+        client.meta.events.register("before-call.s3", _ask_once)
+    return client
+
+
+def _ask_once(context: dict[str, Any], **_: Any) -> None:
+    """Where a server redirects, botocore asks it for the bucket's region, is redirected again, and so on without end."""
+    context.setdefault("s3_redirect", {})["redirected"] = True
 
 
 def split_uri(uri: str) -> tuple[str, str]:
@@ -231,6 +245,8 @@ def _fix(code: str, uri: str, store: StoreConfig) -> str:
         return _fix_permission(store)
     if code in REGION_CODES:
         return "the bucket is in another region: set AWS_DEFAULT_REGION, or the region of its store"
+    if code in REDIRECT_CODES:
+        return "it sends requests on to another host, which is not followed: correct AWS_ENDPOINT_URL or its store's endpoint"
     if code == "RequestTimeTooSkewed":
         return "the clock of this machine is wrong: set it"
     return "the request was refused"

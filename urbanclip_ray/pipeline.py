@@ -14,6 +14,7 @@ from contextlib import nullcontext, suppress
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from urbanclip_ray import metrics
 from urbanclip_ray.config import RunConfig
@@ -129,7 +130,7 @@ def run_stage(run: Run, stage: Stage, console: Console, make: bool) -> float | N
         return None
     if not make:
         raise MissingDatasetError(f"{uri} is not made yet: run jobs/{stage.job}.py with the same options first")
-    console.print(f"[bold]{stage.name}[/bold] → {_shown(uri)}", highlight=False)
+    console.print(Text.assemble((stage.name, "bold"), f" → {_shown(uri)}"))
     start = time.monotonic()
     with publish(uri, stage.name, content, parents) as publication:
         stage.make(run, publication)

@@ -112,7 +112,10 @@ def _is_run(uri: str) -> bool:
 
 
 def _place_in_run(run: str, stage: str) -> str:
-    current = json.loads(read_bytes(join(run, "run.json")))["datasets"]
+    try:
+        current = {name: str(place) for name, place in json.loads(read_bytes(join(run, "run.json")))["datasets"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{run}/run.json is none of ours ({error!r:.100}): name another run") from None
     if stage not in current:
         raise ConfigError(f"{run}: that run has no {stage}; it has {', '.join(current)}")
     return join(run, current[stage])

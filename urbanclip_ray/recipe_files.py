@@ -5,8 +5,7 @@
     train:
       lr: 0.0003
 
-A file is data that others may have written. It is read without anything that YAML can be told to build, without aliases, which
-a few lines can make as large as memory, and up to a size; every key is checked as one of `--set` is.
+A file is data that others may have written: it is read as `yaml_files` reads one, and every key is checked as one of `--set`.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ import yaml
 from urbanclip_ray.config import SOURCE_KINDS, ConfigError, RunConfig, Section
 from urbanclip_ray.overrides import assign_values
 from urbanclip_ray.storage import absolute, read_bytes
+from urbanclip_ray.yaml_files import MOST_BYTES, PlainLoader, parse_yaml
 
 SUFFIXES = (".yaml", ".yml")
 BASE_KEY = "recipe"
-MOST_BYTES = 1 << 20
 
 
 def is_recipe_file(name: str) -> bool:
@@ -60,7 +59,7 @@ def read_recipe_file(uri: str, find_base: Callable[[str], RunConfig] | None = No
     Raises ConfigError naming the file and what is wrong with it.
     """
     try:
-        data = read_bytes(absolute(uri))
+        data = read_bytes(absolute(uri), MOST_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"--recipe {uri}: there is no such file") from None
     tree = _parse(data, uri)
@@ -90,14 +89,10 @@ def _flatten(section: Section, tree: dict[str, Any], path: str = "") -> Iterator
 
 
 def _parse(data: bytes, uri: str) -> dict[str, Any]:
-    if len(data) > MOST_BYTES:
-        raise ConfigError(f"--recipe {uri}: {len(data):,} bytes are no recipe, which has {MOST_BYTES:,} at most")
     try:
-        tree = yaml.load(data, Loader=RecipeLoader)  # noqa: S506  a SafeLoader that takes less than it
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--recipe {uri} is no YAML of a recipe: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise ConfigError(f"--recipe {uri} is no recipe: it is nested too deeply") from None
+        tree = parse_yaml(data, RecipeLoader)
+    except ValueError as error:
+        raise ConfigError(f"--recipe {uri} is no YAML of a recipe: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"--recipe {uri} holds no mapping of keys to values, such as train: {{lr: 0.0003}}")
     try:
@@ -107,14 +102,8 @@ def _parse(data: bytes, uri: str) -> dict[str, Any]:
     return tree
 
 
-class RecipeLoader(yaml.SafeLoader):
-    """Plain values alone: no tags that build objects (as SafeLoader), no aliases, no key twice, no key but text."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """A part of the file as it is read."""
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "aliases are not taken: write the value again", self.get_mark())
-        return super().compose_node(parent, index)
+class RecipeLoader(PlainLoader):
+    """No key twice, and no key but text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """A mapping whose keys are text, each there once."""

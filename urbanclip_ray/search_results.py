@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from urbanclip_ray.config import RunConfig, TuneConfig
 from urbanclip_ray.config.search import Metric
@@ -203,8 +203,11 @@ def show_search(search: Dataset, console: Console) -> None:
         values = json.loads(row["values"])
         seen = f"{row['samples']:,} of {row['total_samples']:,}" if row["total_samples"] else "0"
         minutes = "-" if row["seconds"] is None else f"{row['seconds'] / 60:.1f}"
-        cells = [*(escape(str(values[key])) for key in keys), *(_shown(row[name]) for name in ("score", "best_score"))]
-        table.add_row(_name(row["trial"]), *cells, seen, minutes, escape(_ending(row)))
+        cells: list[str | Text] = [
+            *(Text(str(values[key])) for key in keys),
+            *(_shown(row[name]) for name in ("score", "best_score")),
+        ]
+        table.add_row(_name(row["trial"]), *cells, seen, minutes, Text(_ending(row)))  # no markup
     console.print(table)
     best = summary["best"]
     if best is None:

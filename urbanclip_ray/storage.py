@@ -33,6 +33,7 @@ from urbanclip_ray.seals import BLANK, is_intact, seal
 from urbanclip_ray.seals import DamagedError as DamagedError
 
 MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 1 << 30  # of some six million files
 READ_CHUNK_BYTES = 1 << 20
 
 
@@ -78,10 +79,11 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *parts])
 
 
-def read_bytes(uri: str) -> bytes:
+def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
+    """A file's content, or no more than its first `max_bytes`."""
     filesystem, path = resolve(uri)
     with _explained(uri), filesystem.open_input_stream(path) as stream:
-        data: bytes = stream.read()
+        data: bytes = stream.read(max_bytes)
         return data
 
 
@@ -251,11 +253,13 @@ def open_dataset(uri: str) -> Dataset:
     """The finished dataset at a URI; raises :class:`MissingDatasetError` naming it when it has no manifest."""
     where = join(uri, MANIFEST)
     try:
-        data = read_bytes(where)
+        data = read_bytes(where, MAX_MANIFEST_BYTES + 1)
     except FileNotFoundError:
         raise MissingDatasetError(
             f"{uri} has no {MANIFEST}: it is not a finished dataset. Run the stage that makes it, or correct the path"
         ) from None
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise StorageError(f"{where} is not a manifest of ours: it has more than {MAX_MANIFEST_BYTES:,} bytes")
     try:
         manifest = Manifest.model_validate_json(data)
     except ValidationError as error:

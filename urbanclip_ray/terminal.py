@@ -10,8 +10,8 @@ LOG_WIDTH = 140  # columns where the output is no terminal
 
 
 def open_console() -> Console:
-    """As wide as the terminal, or as wide as a log may be."""
-    return Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+    """As wide as the terminal, or as wide as a log may be; brackets in names and texts are no markup."""
+    return Console(width=None if sys.stdout.isatty() else LOG_WIDTH, markup=False)
 
 
 def counted(number: int, noun: str) -> str:

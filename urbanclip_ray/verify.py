@@ -16,7 +16,6 @@ import subprocess
 from typing import Any
 
 import ray
-from rich.console import Console
 
 from urbanclip_ray import dataflow
 from urbanclip_ray.config import ResourcesConfig, RunConfig
@@ -26,6 +25,7 @@ from urbanclip_ray.pipeline import run_stage
 from urbanclip_ray.representations import stages_of
 from urbanclip_ray.stages import Run
 from urbanclip_ray.storage import read_bytes
+from urbanclip_ray.terminal import open_console
 from urbanclip_ray.train.device import DEVICE_FILE
 
 WARM_UP_STEPS = 3  # compile, allocate and fill caches: left out of the training speed
@@ -115,7 +115,7 @@ def _driver() -> str | None:
 
 def _make_stages(config: RunConfig) -> tuple[Run, dict[str, float | None]]:
     """The run and the seconds that each stage took, None where it was complete before."""
-    console = Console()
+    console = open_console()
     run = Run(config)
     seconds = {stage.name: run_stage(run, stage, console, make=True) for stage in stages_of(config) if stage.wanted(run)}
     return run, seconds

@@ -29,6 +29,7 @@ LIGHT = [
         ".search_space",
         ".search_stage",
         ".recipe_files",
+        ".yaml_files",
     ),
     *(".release.plan", ".release.shards", ".release.card"),
     *(".geo.baidu", ".geo.zonal", ".sources.label_files"),

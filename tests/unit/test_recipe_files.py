@@ -9,8 +9,9 @@ import pytest
 
 from urbanclip_ray.config import ConfigError
 from urbanclip_ray.overrides import apply_overrides
-from urbanclip_ray.recipe_files import MOST_BYTES, recipe_text
+from urbanclip_ray.recipe_files import recipe_text
 from urbanclip_ray.recipes import RECIPES, load_recipe
+from urbanclip_ray.yaml_files import MOST_BYTES
 
 
 def write(folder: Path, text: str) -> str:
@@ -84,7 +85,7 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("recipe: moon", "'moon' is not known; choose one of"),
         ("recipe: mine.yaml", "recipe names a recipe of ours, not 'mine.yaml'"),
         ("recipe: [own_tiles]", "recipe names a recipe of ours"),
-        ("run: " + "x" * MOST_BYTES, "bytes are no recipe"),
+        ("run: " + "x" * MOST_BYTES, "it has more than 1,048,576 bytes"),
         ("run: \x00", "no YAML of a recipe"),
     ],
 )

@@ -1,13 +1,15 @@
 """Which model a captioner uses, and its files on this node: a hub id at one commit, or a directory known by its content.
 
 Nothing here loads a model. Only files that a model is loaded from count (`SUFFIXES`): weights as safetensors, JSON, text;
-never code and never pickles.
+never code and never pickles. An index of sharded weights may name no file but these.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import shutil
 from typing import NamedTuple
 
@@ -19,6 +21,8 @@ from urbanclip_ray.errors import one_line
 from urbanclip_ray.storage import READ_CHUNK_BYTES, absolute, digest, exists, join, list_files, read_bytes, resolve, write_bytes
 
 SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken")
+SHARD_INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 UNUSED_ON_HUB = ("*/*.safetensors", "consolidated*.safetensors")  # the same weights once more, in other tools' layouts
 
 
@@ -52,7 +56,15 @@ def resolve_model(config: CaptionConfig) -> ModelReference:
 
 
 def fetch_model(reference: ModelReference, cache_folder: str) -> str:
-    """The model as a folder of this node, downloaded at most once; raises UnusableCaptionerError when it cannot be had."""
+    """The model as a folder of this node, downloaded at most once; raises UnusableCaptionerError when it cannot be had, or
+    when its index of weights names other files than weights of its own.
+    """
+    folder = _fetch(reference, cache_folder)
+    _refuse_foreign_shards(os.path.join(folder, SHARD_INDEX), reference)
+    return folder
+
+
+def _fetch(reference: ModelReference, cache_folder: str) -> str:
     if reference.is_hub:
         return _fetch_from_hub(reference)
     if "://" in reference.place:
@@ -63,6 +75,26 @@ def fetch_model(reference: ModelReference, cache_folder: str) -> str:
             "node sees it, for example on s3://"
         )
     return reference.place
+
+
+def _refuse_foreign_shards(index: str, reference: ModelReference) -> None:
+    """The library would open whatever the index names: files elsewhere on the node, and pickles, which no digest covers."""
+    if not os.path.exists(index):
+        return
+    try:
+        with open(index, encoding="utf-8") as file:
+            named = set(json.load(file)["weight_map"].values())
+        foreign = sorted(str(name) for name in named if not isinstance(name, str) or not SHARD.fullmatch(name))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UnusableCaptionerError(
+            f"caption.model={reference.place}: {SHARD_INDEX} is no index of weights ({one_line(error)}): download or "
+            "save the model again"
+        ) from None
+    if foreign:
+        raise UnusableCaptionerError(
+            f"caption.model={reference.place}: {SHARD_INDEX} names {foreign[0]!r:.200}, which is no *.safetensors file beside "
+            "it: use a model that was saved with save_pretrained"
+        )
 
 
 def _hub_commit(model: str, revision: str) -> str:

@@ -10,7 +10,6 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from urbanclip_ray.captioners.sentence_checks import (
@@ -23,6 +22,7 @@ from urbanclip_ray.captioners.sentence_checks import (
 from urbanclip_ray.config import ConfigError, Section
 from urbanclip_ray.geo.earth import distance_m
 from urbanclip_ray.storage import digest, read_bytes
+from urbanclip_ray.yaml_files import MOST_BYTES, parse_yaml
 
 RULES_FILE = "rules.yaml"
 OTHER_LANGUAGE, CUT_OFF, REPEATED_WORDS = "other language", "cut off", "repeated words"
@@ -68,8 +68,8 @@ def load_rules(uri: str) -> RuleFile:
     """The rules of a YAML file, the package's own where `uri` is empty; raises ConfigError naming what is wrong in it."""
     name = uri or RULES_FILE
     try:
-        data = read_bytes(uri) if uri else importlib.resources.files(__package__).joinpath(RULES_FILE).read_bytes()
-        tree = yaml.safe_load(data)
+        own = importlib.resources.files(__package__).joinpath(RULES_FILE)
+        tree = parse_yaml(read_bytes(uri, MOST_BYTES + 1) if uri else own.read_bytes())
         if not isinstance(tree, dict):
             raise ValueError("it is not a mapping with lead, tail and rules")
         rules = RuleFile.model_validate(tree)
@@ -82,7 +82,7 @@ def load_rules(uri: str) -> RuleFile:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{name}: {where}: {first['msg']}") from None
-    except (yaml.YAMLError, ValueError, re.error) as error:
+    except (ValueError, re.error) as error:
         raise ConfigError(f"{name} holds no rules ({error}): correct it, the package's {RULES_FILE} is an example") from None
     return rules
 

@@ -10,6 +10,9 @@ import pyarrow.fs as pafs
 
 from urbanclip_ray import storage
 from urbanclip_ray.errors import UserError
+from urbanclip_ray.imagery import TileImageError
+
+MAX_IMAGE_BYTES = 64 << 20  # of one encoded tile; a larger one is a row with that error, and is never read
 
 
 class SourceError(UserError, ValueError):
@@ -86,9 +89,19 @@ class Folder:
 
     def read(self, path: str) -> bytes:
         """Bytes of one file; `path` is relative and may not climb out of the folder."""
+        return self._read(path, None)
+
+    def read_image(self, path: str) -> bytes:
+        """The same of a tile; raises TileImageError where it has more than :data:`MAX_IMAGE_BYTES`, which are not read."""
+        data = self._read(path, MAX_IMAGE_BYTES + 1)
+        if len(data) > MAX_IMAGE_BYTES:
+            raise TileImageError("too large", f"more than {MAX_IMAGE_BYTES} bytes")
+        return data
+
+    def _read(self, path: str, max_bytes: int | None) -> bytes:
         filesystem, root = self._place
         with filesystem.open_input_stream(f"{root}/{relative_path(path)}") as stream:
-            data: bytes = stream.read()
+            data: bytes = stream.read(max_bytes)
             return data
 
 

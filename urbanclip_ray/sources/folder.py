@@ -62,7 +62,7 @@ class FolderTiles:
         return sorted(records.values())
 
     def read(self, location: str) -> bytes:
-        return self._folder.read(location)
+        return self._folder.read_image(location)
 
     def labels(self) -> pa.Table | None:
         table = self._metadata

@@ -21,9 +21,8 @@ import pyarrow.parquet as pq
 from urbanclip_ray import storage
 from urbanclip_ray.config import HuggingFaceSource
 from urbanclip_ray.imagery import TileImageError
-from urbanclip_ray.sources.base import SourceError, relative_path, stem
+from urbanclip_ray.sources.base import MAX_IMAGE_BYTES, SourceError, relative_path, stem
 from urbanclip_ray.sources.pairs import (
-    MAX_IMAGE_BYTES,
     PART_OF_SPLIT,
     PairFiles,
     Sample,

@@ -24,7 +24,6 @@ from urbanclip_ray.sources.base import Folder, SourceError, TileRecord, relative
 from urbanclip_ray.sources.folder import FolderTiles
 from urbanclip_ray.sources.sample_names import COORDINATES, SPLIT_NAMES
 
-MAX_IMAGE_BYTES = 64 << 20  # of one encoded tile; a larger one is a row with that error, and is never read
 OWN_COPY = "pixels:"  # begins the location of a tile whose image lies in `source.pixels`
 PARTS = ("train", "val", "test")
 PART_OF_SPLIT = {name: part for part, name in SPLIT_NAMES.items() if part in PARTS} | {
@@ -90,7 +89,7 @@ class PairFiles:
         if self._own_copy is None:
             raise FileNotFoundError(location)
         path, _, sha256 = location.removeprefix(OWN_COPY).rpartition("#")
-        data = self._own_copy.read(path)
+        data = self._own_copy.read_image(path)
         if sha256 and hashlib.sha256(data).hexdigest() != sha256:
             raise TileImageError("other pixels", f"{path} is not the tile that was described: its sha256 differs")
         return data

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import numpy as np
 import pyarrow.fs as pafs
 
 from urbanclip_ray import storage
@@ -26,6 +27,7 @@ GDAL_OPTIONS = {
     "GDAL_NUM_THREADS": "1",  # the workers are the parallelism
 }
 PAGE_BYTES = 1 << 16  # the least that is asked of object storage: GDAL reads headers in pieces of some bytes
+MAX_BLOCK_BYTES = 256 << 20  # of what GDAL decodes at once: a file of kilobytes may claim two gigabytes
 MAX_PAGES = 512  # 32 MiB of a process: headers of many scenes, and what neighbouring windows share
 
 
@@ -62,7 +64,18 @@ def open_raster(uri: str) -> Iterator[Any]:
                 f"{uri} is not a GeoTIFF that can be read ({reason}): repair it, or convert it with gdal_translate -of COG"
             ) from None
         with dataset:
+            _refuse_huge_blocks(dataset, uri)
             yield dataset
+
+
+def _refuse_huge_blocks(dataset: Any, uri: str) -> None:
+    rows, columns = max(dataset.block_shapes, key=lambda shape: shape[0] * shape[1])
+    num_bytes = rows * columns * sum(np.dtype(kind).itemsize for kind in dataset.dtypes)
+    if num_bytes > MAX_BLOCK_BYTES:
+        raise SourceError(
+            f"{uri} is stored in blocks of {columns} x {rows} px, and a worker would hold {num_bytes >> 20} MiB for one: "
+            "convert it with gdal_translate -of COG"
+        )
 
 
 class PagedFile(io.RawIOBase):

@@ -51,7 +51,7 @@ class RsicdTiles:
         return sorted(TileRecord(entry.tile_id, entry.region, entry.image) for entry in self._entries)
 
     def read(self, location: str) -> bytes:
-        return self._folder.read(location)
+        return self._folder.read_image(location)
 
     def labels(self) -> pa.Table | None:
         return None
@@ -80,7 +80,7 @@ class RsicdTiles:
         where = f"{self._config.uri}/{self._config.captions_file}"
         try:
             found = json.loads(self._captions_bytes)
-        except ValueError as error:  # also text that is not UTF-8
+        except (ValueError, RecursionError) as error:  # also text that is not UTF-8
             raise SourceError(f"{where} is not JSON ({error}): repair or download it again") from None
         if not isinstance(found, list) or not found:
             raise SourceError(f"{where} must be a list of {{image, captions, split, land_use}} with at least one entry")

@@ -85,7 +85,7 @@ class UrbanClipTiles:
         return sorted(records)
 
     def read(self, location: str) -> bytes:
-        return self._folder.read(location)
+        return self._folder.read_image(location)
 
     def labels(self) -> pa.Table | None:
         """`carbon` (tons), `population` (people) and `gdp` (million yuan) of a tile, as released."""
@@ -177,7 +177,7 @@ def _entries(uri: str, data: bytes) -> list[tuple[str, dict[str, Any]]]:
     """Every sentence with where it stands, from a list of lists: one list of all (as released) or one for each tile."""
     try:
         lists = json.loads(data)
-    except ValueError as error:  # also text that is not UTF-8
+    except (ValueError, RecursionError) as error:  # also text that is not UTF-8
         raise SourceError(f"{uri} is not JSON ({error}): repair or download it again") from None
     if not isinstance(lists, list) or not all(isinstance(inner, list) for inner in lists):
         raise SourceError(f"{uri} must be a list of lists of {{caption, image}}: download it again")

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from urbanclip_ray import storage
 from urbanclip_ray.imagery import TileImageError
-from urbanclip_ray.sources.base import SourceError, relative_path
-from urbanclip_ray.sources.pairs import MAX_IMAGE_BYTES, PairFiles, Sample, check_facts, check_texts, check_tile_id
+from urbanclip_ray.sources.base import MAX_IMAGE_BYTES, SourceError, relative_path
+from urbanclip_ray.sources.pairs import PairFiles, Sample, check_facts, check_texts, check_tile_id
 from urbanclip_ray.sources.sample_names import tile_id_of
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff")
