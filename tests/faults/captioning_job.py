@@ -56,13 +56,15 @@ class Job:
         self._limited_group = limited_group
         self._log = folder / "log"
 
+    def command(self) -> list[str]:
+        arguments = [self.tiles, self.store, self.captions, str(self.notes), str(BATCH_S), self._limited_group]
+        return [sys.executable, str(HERE / "counted_captions.py"), *arguments]
+
     @contextmanager
     def running(self) -> Iterator[subprocess.Popen[bytes]]:
-        arguments = [self.tiles, self.store, self.captions, str(self.notes), str(BATCH_S), self._limited_group]
-        command = [sys.executable, str(HERE / "counted_captions.py"), *arguments]
         environment = os.environ | QUICK | {"RAY_ADDRESS": self.address}
         with self._log.open("ab") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            process = subprocess.Popen(self.command(), stdout=log, stderr=log, env=environment)
             try:
                 yield process
             finally:

@@ -13,7 +13,11 @@ import psutil
 
 SCRIPT = Path(__file__).parents[1] / "distributed" / "several_nodes.py"
 # what Ray otherwise waits before it takes a silent node for dead is half a minute
-QUICK = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3", "RAY_AUTH_MODE": "disabled"}
+QUICK = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_AUTH_MODE": "disabled",
+}
 
 
 class Nodes:
@@ -47,7 +51,10 @@ class Nodes:
 
     def _answer(self, word: str) -> str:
         assert self._process.stdout is not None
-        return next(line.split()[1] for line in self._process.stdout if line.startswith(word))
+        for line in self._process.stdout:
+            if line.startswith(word):
+                return line.split()[1]
+        raise RuntimeError("the cluster ended: its own output says why")
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def _describe(failure: Any) -> str:
     if not reasons:
         return one_line(failure)
     rank, reason = next(iter(reasons.items()))
-    return f"rank {rank} of {len(reasons)} that failed: {one_line(reason)}"
+    return f"rank {rank}, {len(reasons)} in all, failed: {one_line(reason)}"
 
 
 class PretrainTrainer(TorchTrainer):
