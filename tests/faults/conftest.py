@@ -20,11 +20,11 @@ ROWS: list[Row] = []
 def record() -> Callable[..., None]:
     """Called at the end of a test, when everything was found to be as it must be."""
 
-    def note(fault: str, saw: str, seconds_lost: float, rows_lost: int) -> None:
+    def note(fault: str, saw: str, seconds_lost: float | None, rows_lost: int) -> None:
         assert fault in ORDER
         assert rows_lost == 0
-        print(f"{fault}: {saw}; {seconds_lost:.1f} s lost, {rows_lost} rows lost")
-        ROWS.append(Row(fault, saw, round(max(0.0, seconds_lost), 1), rows_lost))
+        ROWS.append(Row(fault, saw, None if seconds_lost is None else round(max(0.0, seconds_lost), 1), rows_lost))
+        print(ROWS[-1])
 
     return note
 

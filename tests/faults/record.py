@@ -47,7 +47,7 @@ class Row(NamedTuple):
 
     fault: str
     saw: str
-    seconds_lost: float
+    seconds_lost: float | None  # None: not measured
     rows_lost: int
 
 
@@ -70,7 +70,8 @@ def table(rows: Sequence[Row]) -> str:
     """Markdown, in the order of the suite."""
     lines = ["| fault | what the user saw | seconds lost | rows lost |", "|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: ORDER.index(row.fault)):
-        lines.append(f"| {row.fault} | {row.saw} | {row.seconds_lost:.0f} | {row.rows_lost} |")
+        seconds = "not measured" if row.seconds_lost is None else f"{row.seconds_lost:.0f}"
+        lines.append(f"| {row.fault} | {row.saw} | {seconds} | {row.rows_lost} |")
     return "\n".join(lines)
 
 

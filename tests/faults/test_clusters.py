@@ -106,4 +106,4 @@ def test_rows_that_do_not_fit_in_the_object_store_are_spilled_and_all_are_writte
     assert found["number"].to_pylist() == list(range(NUM_ROWS))
     assert all(images[number] == image for number, image in zip(*found.to_pydict().values(), strict=True))
     saw = f"Ray's word of {spilled_mib} MiB spilled to the disk"
-    record("object store full, spilling", saw, 0.0, NUM_ROWS - found.num_rows)
+    record("object store full, spilling", saw, None, NUM_ROWS - found.num_rows)

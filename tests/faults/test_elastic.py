@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 sys.path.append(str(Path(__file__).parent))
 
+import nodes as clusters
 from nodes import QUICK, is_on_head, raylet_of, several_nodes
 from pretraining_run import Pretraining, is_first, pack
 
@@ -23,6 +24,8 @@ from urbanclip_ray.storage import Dataset
 from urbanclip_ray.train.loop import Rank
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(900)]
+
+ray.cloudpickle.register_pickle_by_value(clusters)  # workers need not find that file
 
 RAY = str(Path(sys.executable).parent / "ray")
 LOST_AFTER = {3: 5, 2: 11}  # steps, by the workers that train

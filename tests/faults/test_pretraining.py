@@ -192,4 +192,4 @@ def test_of_two_pretrainings_to_one_output_the_second_is_told(shards, folder, tm
     winner = Pretraining(shards, notes[told.index(False)], uri)
     assert winner.rows_lost() == 0
     saw = "by the second: does the same training run twice? Or that another run has finished it first"
-    record("two pretrainings to one output", saw, 0.0, winner.rows_lost())
+    record("two pretrainings to one output", saw, winner.seconds_lost(), winner.rows_lost())
