@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,8 @@ ray.cloudpickle.register_pickle_by_value(clusters)  # workers need not find that
 
 RAY = str(Path(sys.executable).parent / "ray")
 LOST_AFTER = {3: 5, 2: 11}  # steps, by the workers that train
-NOTICE_AFTER, NOTICE_S, STEP_S = 5, 30, 1.0
+NOTICE_AFTER, NOTICE_S = 5, 30
+STEP_S = 1.5  # of two workers: the end of the notice must come before that of the run
 NO_CHECKPOINT = 1000
 
 
@@ -80,6 +82,8 @@ def test_a_node_with_notice_leads_to_a_checkpoint_before_it_goes(tmp_path, monke
         run = Pretraining(shards, folder, str(tmp_path / "run"), num_workers=(1, 2), checkpoint_every_steps=NO_CHECKPOINT)
 
         def give_notice(rank: Rank, taken: int) -> None:
+            if dist.get_world_size() > 1:
+                time.sleep(STEP_S)
             if taken == NOTICE_AFTER and not is_on_head(os.getpid()) and is_first(folder / "notice"):
                 node, raylet = ray.get_runtime_context().get_node_id(), raylet_of(os.getpid())
                 reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
@@ -88,7 +92,7 @@ def test_a_node_with_notice_leads_to_a_checkpoint_before_it_goes(tmp_path, monke
                 subprocess.run(command, check=True, timeout=60)
                 subprocess.Popen(["sh", "-c", f"sleep {NOTICE_S}; kill -TERM {raylet}"], start_new_session=True)
 
-        run.run(give_notice, step_s=STEP_S)
+        run.run(give_notice)
     (resumed_after,) = run.resumed_after()
     assert resumed_after >= NOTICE_AFTER  # no other checkpoint was due
     assert [run.steps()[0][2], run.steps()[-1][2]] == [2, 1]
