@@ -81,7 +81,7 @@ def join(uri: str, *parts: str) -> str:
 
 def read_bytes(uri: str) -> bytes:
     filesystem, path = resolve(uri)
-    with _explained(uri), filesystem.open_input_stream(path) as stream:
+    with explained(uri), filesystem.open_input_stream(path) as stream:
         data: bytes = stream.read()
         return data
 
@@ -90,7 +90,7 @@ def read_bytes(uri: str) -> bytes:
 def open_file(uri: str) -> Iterator[pa.NativeFile]:
     """A file to be read at any place, without its whole content in memory; raises FileNotFoundError where there is none."""
     filesystem, path = resolve(uri)
-    with _explained(uri):
+    with explained(uri):
         if not filesystem.get_file_info(path).is_file:  # a folder of that name, too
             raise FileNotFoundError(f"{uri} is not there")
         with filesystem.open_input_file(path) as file:
@@ -101,7 +101,7 @@ def sha256_of(uri: str) -> str:
     """The checksum of a file, read piece by piece."""
     filesystem, path = resolve(uri)
     hasher = hashlib.sha256()
-    with _explained(uri), filesystem.open_input_stream(path) as stream:
+    with explained(uri), filesystem.open_input_stream(path) as stream:
         while chunk := stream.read(READ_CHUNK_BYTES):
             hasher.update(chunk)
     return hasher.hexdigest()
@@ -117,7 +117,7 @@ def write_bytes(uri: str, data: bytes | memoryview) -> None:
 def open_output(uri: str) -> Iterator[Any]:
     """A file to be written piece by piece; no reader sees it before it is closed."""
     filesystem, path = resolve(uri)
-    with _explained(uri):
+    with explained(uri):
         if isinstance(filesystem, pafs.LocalFileSystem):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with _written_beside(path) as file:
@@ -130,7 +130,7 @@ def open_output(uri: str) -> Iterator[Any]:
 
 
 @contextmanager
-def _explained(uri: str) -> Iterator[None]:
+def explained(uri: str) -> Iterator[None]:
     """Errors inside are raised as :func:`explain_os_error` has them; what is missing stays FileNotFoundError."""
     try:
         yield
@@ -159,7 +159,7 @@ def _put_on_disk(file: BinaryIO) -> None:
 
 def exists(uri: str) -> bool:
     filesystem, path = resolve(uri)
-    with _explained(uri):
+    with explained(uri):
         return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
 
 
@@ -175,7 +175,7 @@ def list_folders(uri: str) -> list[str]:
 
 def _list(uri: str, recursive: bool) -> list[pafs.FileInfo]:
     filesystem, path = resolve(uri)
-    with _explained(uri):
+    with explained(uri):
         if filesystem.get_file_info(path).type == pafs.FileType.NotFound:
             raise StorageError(f"{uri}: no such folder; check the path")
         if is_google(uri) and not recursive:
@@ -187,13 +187,13 @@ def _list(uri: str, recursive: bool) -> list[pafs.FileInfo]:
 
 def delete_file(uri: str) -> None:
     filesystem, path = resolve(uri)
-    with _explained(uri):
+    with explained(uri):
         filesystem.delete_file(path)
 
 
 def delete_folder(uri: str) -> None:
     filesystem, path = resolve(uri)
-    with _explained(uri):
+    with explained(uri):
         if filesystem.get_file_info(path).type == pafs.FileType.Directory:
             # pyarrow empties a folder of gs://, and then misses the folder's own object where none was made
             with suppress(FileNotFoundError) if is_google(uri) else nullcontext():
@@ -244,7 +244,7 @@ class Dataset:
     def read(self, columns: list[str] | None = None, filters: Any = None) -> pa.Table:
         """The rows as one table in memory: for datasets without pixels, or a few rows by `filters`."""
         filesystem, _ = resolve(self.uri)
-        with _explained(self.uri):
+        with explained(self.uri):
             return read_parquet(filesystem, self.parquet_paths(), columns, filters)
 
 
@@ -291,7 +291,7 @@ class Publication:
         self.rejects: dict[str, int] = {}
         self.facts: dict[str, Any] = {}
         filesystem, path = resolve(self.data_uri)
-        with _explained(uri):
+        with explained(uri):
             filesystem.create_dir(path, recursive=True)
 
     @property
@@ -309,7 +309,7 @@ class Publication:
     def write_table(self, table: pa.Table, name: str = "part-00000.parquet") -> None:
         """Write one table that fits in memory."""
         filesystem, path = resolve(join(self.data_uri, name))
-        with _explained(self.uri):
+        with explained(self.uri):
             write_parquet(table, path, filesystem)
 
     def write_file(self, name: str, data: bytes) -> None:
@@ -318,13 +318,13 @@ class Publication:
     def read(self, columns: list[str]) -> pa.Table:
         """Columns of the Parquet files written so far, for counting: short ones, for all rows come into memory."""
         filesystem, _ = resolve(self.uri)
-        with _explained(self.uri):
+        with explained(self.uri):
             return read_parquet(filesystem, self._parquet_paths(), columns)
 
     def read_batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
         """The same in pieces, some of which are read ahead."""
         filesystem, _ = resolve(self.uri)
-        with _explained(self.uri):
+        with explained(self.uri):
             yield from ds.dataset(self._parquet_paths(), format="parquet", filesystem=filesystem).to_batches(columns=columns)
 
     def _parquet_paths(self) -> list[str]:

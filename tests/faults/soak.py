@@ -42,7 +42,7 @@ NUM_NODES, CPUS_PER_NODE = 3, 2
 SAMPLE_EVERY_S = 10.0
 MIB = 1 << 20
 MOST_GROWTH_MIB, MOST_GROWTH_SHARE = 64.0, 0.1  # between the second quarter of the time and the last one
-LASTING = ("gcs_server", "raylet", "radosgw", "ceph-osd", "ceph-mon", "soak.py", "several_nodes.py", "dashboard")
+LASTING = {"gcs_server", "raylet", "radosgw", "ceph-osd", "ceph-mon", "soak.py", "several_nodes.py", "dashboard.py"}
 
 
 class Soak:
@@ -188,11 +188,11 @@ def measure(soak: Soak, server: S3Server) -> None:
         total = lasting = 0
         for process in [psutil.Process(), *psutil.Process().children(recursive=True), *server_processes(server)]:
             try:
-                num_bytes, line = process.memory_full_info().pss, " ".join(process.cmdline())
+                num_bytes, command = process.memory_full_info().pss, process.cmdline()
             except psutil.Error:  # it has just ended
                 continue
             total += num_bytes
-            lasting += num_bytes if any(name in line.replace("/", " ") for name in LASTING) else 0
+            lasting += num_bytes if LASTING & {Path(part).name for part in command[:4]} else 0
         soak.samples.append({"at_s": soak.since_start_s(), "all_mib": total / MIB, "lasting_mib": lasting / MIB})
         time.sleep(SAMPLE_EVERY_S)
 
