@@ -7,13 +7,14 @@ S3_PORT ?= 7480
 AUDIT := .audit
 KNOWN_TO_BE_VULNERABLE := https://pypi.org/pypi/jinja2/2.11.0/json
 
-.PHONY: help venv demo test test-all faults bench lint audit cluster cluster-stop s3 s3-stop verify-gpu clean
+.PHONY: help venv demo test test-all faults bench soak lint audit cluster cluster-stop s3 s3-stop verify-gpu clean
 
 help:
 	@echo "make demo      install, then run the whole walk on real imagery; writes runs/demo/report/report.html"
 	@echo "make test      install, then run the tests (without those marked slow)"
 	@echo "make test-all  every test; installs an S3 server (Ceph's gateway), Chromium and an MLflow server for them"
-	@echo "make faults    kill ranks and nodes of real runs, with storage on the S3 server"
+	@echo "make faults    break real runs in 23 ways, with storage on the S3 server; writes runs/faults.json, prints a table"
+	@echo "make soak      captioning and training for 45 minutes, with a fault every two minutes; writes runs/soak.json"
 	@echo "make bench     measure; writes runs/bench.json and prints a table (see tests/benchmarks/README.md)"
 	@echo "make s3        start an S3 server on this machine and say how to use it; make s3-stop ends it"
 	@echo "make lint      formatting, lint and strict types"
@@ -45,7 +46,11 @@ test-all: $(STAMP) lint
 
 faults: $(STAMP)
 	$(BIN)/python tests/s3_server.py install
-	URBANCLIP_RAY_NEEDS_S3=1 $(BIN)/python -m pytest -m fault
+	URBANCLIP_RAY_NEEDS_S3=1 $(BIN)/python -m pytest -m fault tests/faults
+
+soak: $(STAMP)
+	$(BIN)/python tests/s3_server.py install
+	$(BIN)/python tests/faults/soak.py --minutes 45 --output runs/soak.json
 
 bench: $(STAMP)
 	$(BIN)/python tests/chromium.py install

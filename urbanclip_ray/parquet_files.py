@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from urbanclip_ray.object_storage import StorageError
 from urbanclip_ray.seals import DamagedError
 
 
@@ -52,12 +53,17 @@ class ParquetRows:
 
 @contextmanager
 def open_parquet(filesystem: pafs.FileSystem, path: str) -> Iterator[ParquetRows]:
-    with filesystem.open_input_file(path) as stream:
+    """Raises :class:`StorageError` naming the file where it is not there: a manifest has named it."""
+    try:
+        stream = filesystem.open_input_file(path)
+    except FileNotFoundError:
+        raise _gone(_name(filesystem, path)) from None
+    with stream:
         yield ParquetRows(stream, _name(filesystem, path))
 
 
 def read_parquet(filesystem: pafs.FileSystem, paths: Sequence[str], columns: list[str] | None, filters: Any = None) -> pa.Table:
-    """The rows of several files as one table in memory; raises :class:`DamagedError` naming the first damaged one."""
+    """The rows of several files as one table in memory; raises :class:`StorageError` naming one that is damaged or missing."""
     try:
         return pq.read_table(
             paths,
@@ -68,7 +74,7 @@ def read_parquet(filesystem: pafs.FileSystem, paths: Sequence[str], columns: lis
             page_checksum_verification=True,
         )
     except (OSError, pa.ArrowInvalid) as error:
-        if _is_damage(error):  # which says nothing of where
+        if _is_damage(error) or isinstance(error, FileNotFoundError):  # which say little of where
             for path in paths:
                 with open_parquet(filesystem, path) as file:
                     file.read()
@@ -86,6 +92,13 @@ def _damage_named(name: str) -> Iterator[None]:
             f"{name} is damaged ({error}): bring it back from a copy, or remove its dataset's folder and run the same command "
             "again; jobs/check_storage.py lists all damaged files"
         ) from None
+
+
+def _gone(name: str) -> StorageError:
+    return StorageError(
+        f"{name} is not there any more, though its manifest names it: bring it back from a copy, or remove its dataset's "
+        "folder and run the same command again"
+    )
 
 
 def _is_damage(error: Exception) -> bool:

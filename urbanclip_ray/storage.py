@@ -26,6 +26,7 @@ from urbanclip_ray.filesystems import check_access as check_access
 from urbanclip_ray.filesystems import explain_storage_error, is_google, is_object_storage, list_level, put_if_absent
 from urbanclip_ray.filesystems import resolve as resolve
 from urbanclip_ray.libraries import library_versions
+from urbanclip_ray.logs import say
 from urbanclip_ray.object_storage import StorageError as StorageError
 from urbanclip_ray.parquet_files import read_parquet, write_parquet
 from urbanclip_ray.schema import FORMAT_VERSION
@@ -82,7 +83,7 @@ def join(uri: str, *parts: str) -> str:
 def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
     """A file's content, or no more than its first `max_bytes`."""
     filesystem, path = resolve(uri)
-    with _explained(uri), filesystem.open_input_stream(path) as stream:
+    with explained(uri), filesystem.open_input_stream(path) as stream:
         data: bytes = stream.read(max_bytes)
         return data
 
@@ -91,7 +92,7 @@ def read_bytes(uri: str, max_bytes: int | None = None) -> bytes:
 def open_file(uri: str) -> Iterator[pa.NativeFile]:
     """A file to be read at any place, without its whole content in memory; raises FileNotFoundError where there is none."""
     filesystem, path = resolve(uri)
-    with _explained(uri):
+    with explained(uri):
         if not filesystem.get_file_info(path).is_file:  # a folder of that name, too
             raise FileNotFoundError(f"{uri} is not there")
         with filesystem.open_input_file(path) as file:
@@ -102,7 +103,7 @@ def sha256_of(uri: str) -> str:
     """The checksum of a file, read piece by piece."""
     filesystem, path = resolve(uri)
     hasher = hashlib.sha256()
-    with _explained(uri), filesystem.open_input_stream(path) as stream:
+    with explained(uri), filesystem.open_input_stream(path) as stream:
         while chunk := stream.read(READ_CHUNK_BYTES):
             hasher.update(chunk)
     return hasher.hexdigest()
@@ -118,7 +119,7 @@ def write_bytes(uri: str, data: bytes | memoryview) -> None:
 def open_output(uri: str) -> Iterator[Any]:
     """A file to be written piece by piece; no reader sees it before it is closed."""
     filesystem, path = resolve(uri)
-    with _explained(uri):
+    with explained(uri):
         if isinstance(filesystem, pafs.LocalFileSystem):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with _written_beside(path) as file:
@@ -131,7 +132,7 @@ def open_output(uri: str) -> Iterator[Any]:
 
 
 @contextmanager
-def _explained(uri: str) -> Iterator[None]:
+def explained(uri: str) -> Iterator[None]:
     """Errors inside are raised as :func:`explain_os_error` has them; what is missing stays FileNotFoundError."""
     try:
         yield
@@ -160,7 +161,7 @@ def _put_on_disk(file: BinaryIO) -> None:
 
 def exists(uri: str) -> bool:
     filesystem, path = resolve(uri)
-    with _explained(uri):
+    with explained(uri):
         return bool(filesystem.get_file_info(path).type != pafs.FileType.NotFound)
 
 
@@ -176,7 +177,7 @@ def list_folders(uri: str) -> list[str]:
 
 def _list(uri: str, recursive: bool) -> list[pafs.FileInfo]:
     filesystem, path = resolve(uri)
-    with _explained(uri):
+    with explained(uri):
         if filesystem.get_file_info(path).type == pafs.FileType.NotFound:
             raise StorageError(f"{uri}: no such folder; check the path")
         if is_google(uri) and not recursive:
@@ -188,13 +189,13 @@ def _list(uri: str, recursive: bool) -> list[pafs.FileInfo]:
 
 def delete_file(uri: str) -> None:
     filesystem, path = resolve(uri)
-    with _explained(uri):
+    with explained(uri):
         filesystem.delete_file(path)
 
 
 def delete_folder(uri: str) -> None:
     filesystem, path = resolve(uri)
-    with _explained(uri):
+    with explained(uri):
         if filesystem.get_file_info(path).type == pafs.FileType.Directory:
             # pyarrow empties a folder of gs://, and then misses the folder's own object where none was made
             with suppress(FileNotFoundError) if is_google(uri) else nullcontext():
@@ -245,7 +246,7 @@ class Dataset:
     def read(self, columns: list[str] | None = None, filters: Any = None) -> pa.Table:
         """The rows as one table in memory: for datasets without pixels, or a few rows by `filters`."""
         filesystem, _ = resolve(self.uri)
-        with _explained(self.uri):
+        with explained(self.uri):
             return read_parquet(filesystem, self.parquet_paths(), columns, filters)
 
 
@@ -294,7 +295,7 @@ class Publication:
         self.rejects: dict[str, int] = {}
         self.facts: dict[str, Any] = {}
         filesystem, path = resolve(self.data_uri)
-        with _explained(uri):
+        with explained(uri):
             filesystem.create_dir(path, recursive=True)
 
     @property
@@ -312,7 +313,7 @@ class Publication:
     def write_table(self, table: pa.Table, name: str = "part-00000.parquet") -> None:
         """Write one table that fits in memory."""
         filesystem, path = resolve(join(self.data_uri, name))
-        with _explained(self.uri):
+        with explained(self.uri):
             write_parquet(table, path, filesystem)
 
     def write_file(self, name: str, data: bytes) -> None:
@@ -321,13 +322,13 @@ class Publication:
     def read(self, columns: list[str]) -> pa.Table:
         """Columns of the Parquet files written so far, for counting: short ones, for all rows come into memory."""
         filesystem, _ = resolve(self.uri)
-        with _explained(self.uri):
+        with explained(self.uri):
             return read_parquet(filesystem, self._parquet_paths(), columns)
 
     def read_batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
         """The same in pieces, some of which are read ahead."""
         filesystem, _ = resolve(self.uri)
-        with _explained(self.uri):
+        with explained(self.uri):
             yield from ds.dataset(self._parquet_paths(), format="parquet", filesystem=filesystem).to_batches(columns=columns)
 
     def _parquet_paths(self) -> list[str]:
@@ -366,6 +367,7 @@ def publish(uri: str, stage: str, config: dict[str, Any], parents: dict[str, Dat
             libraries=library_versions(),
         )
         if not create_exclusively(join(uri, MANIFEST), manifest.to_bytes()):
+            say(f"{uri}: another run has finished it first; its result stands, and what this one made is removed")
             delete_folder(publication.data_uri)
     except BaseException as error:  # an interrupt, too, must leave no half of an attempt
         _discard(publication)

@@ -1,85 +1,100 @@
-"""A pretraining that loses a node goes on with the workers that are left, from its last checkpoint."""
+"""A pretraining that loses nodes, or has notice of it, goes on with the workers that are left, from its last checkpoint."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
+import ray
 import torch.distributed as dist
 
-sys.path.append(str(Path(__file__).parents[1] / "integration"))
+sys.path.append(str(Path(__file__).parent))
 
-from small_run import ROOT, write_city
+import nodes as clusters
+from nodes import QUICK, is_on_head, raylet_of, several_nodes
+from pretraining_run import Pretraining, is_first, pack
 
-from urbanclip_ray import apply_overrides, load_recipe, run_stages
-from urbanclip_ray.storage import publish
-from urbanclip_ray.train.device import DEVICE_FILE
-from urbanclip_ray.train.launch import pretrain
+from urbanclip_ray.storage import Dataset
+from urbanclip_ray.train.loop import Rank
 
-pytestmark = pytest.mark.fault
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(900)]
 
-NODES = ROOT / "tests" / "distributed" / "several_nodes.py"
-LOST_AFTER_STEP = 5
-# what Ray otherwise waits before it takes a silent node for dead is half a minute
-QUICK = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3", "RAY_AUTH_MODE": "disabled"}
+ray.cloudpickle.register_pickle_by_value(clusters)  # workers need not find that file
+
+RAY = str(Path(sys.executable).parent / "ray")
+LOST_AFTER = {3: 5, 2: 11}  # steps, by the workers that train
+NOTICE_AFTER, NOTICE_S = 5, 30
+STEP_S = 1.5  # of two workers: the end of the notice must come before that of the run
+NO_CHECKPOINT = 1000
 
 
 @contextmanager
-def nodes_of_one_cpu(num_nodes: int) -> Iterator[str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    command = [sys.executable, str(NODES), str(num_nodes)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=kept | QUICK) as process:
-        assert process.stdout is not None
-        yield next(line.split()[1] for line in process.stdout if line.startswith("address "))
-        process.communicate(timeout=60)
-
-
-@pytest.fixture
-def address(monkeypatch) -> Iterator[str]:
-    import ray
-
-    ray.shutdown()  # of another test's: this process joins the cluster below
+def joined(num_nodes: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cluster of nodes of one CPU, which this process joins."""
+    ray.shutdown()  # of another test's
     for name, value in QUICK.items():
         monkeypatch.setenv(name, value)
-    with nodes_of_one_cpu(2) as found:
-        monkeypatch.setenv("RAY_ADDRESS", found)
-        yield found
-        ray.shutdown()
+    with several_nodes(num_nodes) as nodes:
+        monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+        ray.init(address=nodes.address)
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
-def test_a_lost_node_leads_to_a_restart_at_the_size_that_is_left(tmp_path, address):
-    notes = tmp_path / "notes"
-    notes.mkdir()
+def packed(tmp_path: Path) -> tuple[Dataset, Path]:
+    """The rows, and a folder for notes."""
+    (tmp_path / "notes").mkdir()
+    return pack(tmp_path / "packed"), tmp_path / "notes"
 
-    def lose_a_node(engine: Any, taken: int, num_steps: int) -> None:
-        rank, num_ranks = dist.get_rank(), dist.get_world_size()
-        (notes / f"{num_ranks}-{rank}-{taken}").touch()
-        on_head = "--head" in Path(f"/proc/{os.getppid()}/cmdline").read_text()  # its loss would end the cluster
-        if num_ranks > 1 and taken == LOST_AFTER_STEP and not on_head:
-            os.kill(os.getppid(), signal.SIGKILL)  # the raylet, and at once its worker: the whole node is gone
-            os.kill(os.getpid(), signal.SIGKILL)
 
-    city = [f"source.uri={write_city(tmp_path / 'city')}", "source.metadata=tiles.csv", f"storage={tmp_path / 'storage'}"]
-    config = apply_overrides(
-        load_recipe("tiny_test"), [*city, "resources.num_workers=[1, 2]", "train.epochs=6", "train.checkpoint_every_steps=2"]
-    )
-    shards = run_stages(config, ["tiles", "labels", "captions", "pairs", "splits", "shards"]).datasets["shards"]
-    with publish(str(tmp_path / "pretrained"), "pretrain", {}, {"shards": shards}) as publication:
-        pretrain(config, shards, publication, lose_a_node)
-    folder = Path(publication.data_uri)
-    history = json.loads((folder / "history.json").read_text())
-    steps = [record["step"] for record in history["train"]]
-    assert steps == list(range(1, len(steps) + 1))
-    assert json.loads((folder / DEVICE_FILE).read_text())["num_ranks"] == 1
-    taken_by = {(int(num_ranks), int(taken)) for num_ranks, _, taken in (note.name.split("-") for note in notes.iterdir())}
-    assert max(taken for num_ranks, taken in taken_by if num_ranks == 2) == LOST_AFTER_STEP
-    resumed_at = min(taken for num_ranks, taken in taken_by if num_ranks == 1)
-    assert resumed_at in (3, 5)  # after the checkpoint of step 2 or 4, which may still have been on its way
+def test_two_nodes_lost_in_a_row_lead_to_restarts_at_the_sizes_that_are_left(tmp_path, monkeypatch, record):
+    with joined(3, monkeypatch):
+        shards, folder = packed(tmp_path)
+        run = Pretraining(shards, folder, str(tmp_path / "run"), num_workers=(1, 3), checkpoint_every_steps=2)
+
+        def lose_a_node(rank: Rank, taken: int) -> None:
+            # the loss of the head would end the cluster
+            is_time = taken == LOST_AFTER.get(dist.get_world_size()) and not is_on_head(os.getpid())
+            if is_time and is_first(folder / f"lost-{dist.get_world_size()}"):
+                os.kill(raylet_of(os.getpid()), signal.SIGKILL)  # and at once its worker: the whole node is gone
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        run.run(lose_a_node)
+    assert list(dict.fromkeys(num_workers for _, _, num_workers, _ in run.steps())) == [3, 2, 1]
+    assert len(run.resumed_after()) == 2
+    saw = "Ray: a node died; the workers start again from the last whole checkpoint, twice"
+    record("two node losses in a row", saw, run.seconds_lost(), run.rows_lost())
+
+
+def test_a_node_with_notice_leads_to_a_checkpoint_before_it_goes(tmp_path, monkeypatch, record):
+    with joined(2, monkeypatch):
+        shards, folder = packed(tmp_path)
+        address = os.environ["RAY_ADDRESS"]
+        run = Pretraining(shards, folder, str(tmp_path / "run"), num_workers=(1, 2), checkpoint_every_steps=NO_CHECKPOINT)
+
+        def give_notice(rank: Rank, taken: int) -> None:
+            if dist.get_world_size() > 1:
+                time.sleep(STEP_S)
+            if taken == NOTICE_AFTER and not is_on_head(os.getpid()) and is_first(folder / "notice"):
+                node, raylet = ray.get_runtime_context().get_node_id(), raylet_of(os.getpid())
+                reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+                deadline = ["--deadline-remaining-seconds", str(NOTICE_S)]
+                command = [RAY, "drain-node", "--address", address, "--node-id", node, *reason, *deadline]
+                subprocess.run(command, check=True, timeout=60)
+                subprocess.Popen(["sh", "-c", f"sleep {NOTICE_S}; kill -TERM {raylet}"], start_new_session=True)
+
+        run.run(give_notice)
+    (resumed_after,) = run.resumed_after()
+    assert resumed_after >= NOTICE_AFTER  # no other checkpoint was due
+    assert [run.steps()[0][2], run.steps()[-1][2]] == [2, 1]
+    saw = "the workers start again from the last whole checkpoint: a node is preempted"
+    record("SIGTERM with 30 s notice", saw, run.seconds_lost(), run.rows_lost())

@@ -259,6 +259,7 @@ def test_configs_are_frozen_and_unknown_fields_are_refused_on_construction():
         (IngestConfig(), IngestConfig(tiles_per_batch=7)),
         (CaptionConfig(), CaptionConfig(num_actors=9, tiles_per_batch=1)),
         (TrainConfig(), TrainConfig(zero_stage=2, offload_optimizer=True, compile=True, keep_checkpoints=9, max_failures=0)),
+        (TrainConfig(), TrainConfig(collective_timeout_s=60)),
         (CaptionConfig(), CaptionConfig(prompt="of another captioner", dtype="float32", decoding={"num_beams": 3})),
         (
             CaptionConfig(captioner="transformers", model="a"),
@@ -306,6 +307,7 @@ def test_what_is_made_is_part_of_the_content():
         "checkpoint_every_steps",
         "keep_checkpoints",
         "max_failures",
+        "collective_timeout_s",
         *("offload_optimizer", "activation_checkpointing", "compile"),
         *("freeze", "lr_scales", "ema_decay"),  # at their defaults
     }

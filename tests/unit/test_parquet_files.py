@@ -10,6 +10,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
+from urbanclip_ray.object_storage import StorageError
 from urbanclip_ray.parquet_files import open_parquet, read_parquet, write_parquet
 from urbanclip_ray.seals import DamagedError
 
@@ -52,14 +53,17 @@ def test_a_flipped_bit_is_found_by_every_way_of_reading_and_by_the_file_s_name(t
         assert file.read(["tile_id"]).equals(ROWS.select(["tile_id"]))  # no more is looked at than is read
 
 
-def test_half_a_file_is_named_and_a_missing_one_stays_missing(tmp_path):
+def test_half_a_file_and_a_missing_one_are_named(tmp_path):
     path = tmp_path / "half.parquet"
     write_parquet(ROWS, str(path), LOCAL)
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(DamagedError, match=r"half\.parquet is damaged"):
         read_parquet(LOCAL, [str(path)], None)
-    with pytest.raises(FileNotFoundError):
-        read_parquet(LOCAL, [str(tmp_path / "none.parquet")], None)
+    missing = str(tmp_path / "none.parquet")
+    with pytest.raises(StorageError, match=r"none\.parquet is not there any more"):
+        read_parquet(LOCAL, [missing], None)
+    with pytest.raises(StorageError, match=r"none\.parquet is not there any more"), open_parquet(LOCAL, missing):
+        pass
 
 
 def test_a_reader_s_own_mistake_is_not_called_damage(tmp_path):

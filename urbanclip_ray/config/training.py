@@ -112,6 +112,8 @@ class TrainConfig(Section):
     checkpoint_every_steps: int = execution(100, ge=1)
     keep_checkpoints: int = execution(2, ge=1)
     max_failures: int = execution(2, ge=0)  # restarts after a lost worker before the run gives up
+    # that workers wait for one that has stopped answering, before all of them start again
+    collective_timeout_s: int = execution(1800, ge=1)
 
     def cut_step(self, num_ranks: int) -> StepCut:
         """How each of so many ranks goes through a step; raises ValueError with the fix where it cannot be shared out."""

@@ -157,6 +157,8 @@ class CheckpointWriter:
         entries: dict[int, list[FileEntry]] = {}
         pause_s, deadline = FIRST_LOOK_S, time.monotonic() + self._ranks_timeout_s
         while True:
+            if not exists(uri):  # this rank has written its own files
+                raise StorageError(f"{uri} was removed while it was written: does the same training run twice?")
             sizes = {str(info.base_name): info.size for info in list_files(uri, recursive=False)}
             for rank in range(self._num_ranks):
                 if rank not in entries and index_name(rank) in sizes:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from urbanclip_ray.storage import resolve
+from urbanclip_ray.storage import explained, resolve
 
 UPLOAD_EVERY_STEPS = 50
 
@@ -56,11 +56,12 @@ class Curves:
         if self._writer is not None and self._uri is not None:
             self._writer.flush()
             filesystem, path = resolve(self._uri)
-            filesystem.create_dir(path, recursive=True)
-            pafs.copy_files(
-                self._folder.name,
-                path,
-                source_filesystem=pafs.LocalFileSystem(),
-                destination_filesystem=filesystem,
-                use_threads=False,  # uploads from several threads can wait for each other for ever (arrow #32372)
-            )
+            with explained(self._uri):
+                filesystem.create_dir(path, recursive=True)
+                pafs.copy_files(
+                    self._folder.name,
+                    path,
+                    source_filesystem=pafs.LocalFileSystem(),
+                    destination_filesystem=filesystem,
+                    use_threads=False,  # uploads from several threads can wait for each other for ever (arrow #32372)
+                )

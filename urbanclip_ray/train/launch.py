@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import ray
 import ray.train
 from ray.train import LoggingConfig
+from ray.train.torch import TorchConfig
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 
 from urbanclip_ray import dataflow
@@ -119,6 +120,7 @@ def _run_workers(spec: TrainSpec, config: RunConfig, publication: Publication, c
         train_rank,
         worker_counts=counts,
         train_loop_config=spec,
+        torch_config=TorchConfig(timeout_s=config.train.collective_timeout_s),
         scaling_config=scaling_config(resources, counts[0] if len(counts) == 1 else (counts[0], counts[-1])),
         run_config=ray.train.RunConfig(
             name=publication.attempt,

@@ -31,6 +31,7 @@ from urbanclip_ray.train.engine import start_engine
 from urbanclip_ray.train.fragments import whole_weights
 from urbanclip_ray.train.guards import TrainError, stop_if_not_finite, stop_if_ranks_differ
 from urbanclip_ray.train.memory import describe_memory, plan_memory
+from urbanclip_ray.train.notice import Notice
 from urbanclip_ray.train.order import Order
 from urbanclip_ray.train.precision import settle_precision
 from urbanclip_ray.train.progress import Progress
@@ -82,7 +83,10 @@ def train_rank(spec: TrainSpec) -> None:
     validate_at = {math.ceil(num_steps * (part + 1) / config.validations) for part in range(config.validations)}
     speed = Speedometer(rank.engine.device, config, num_steps, first_step)
     telemetry = StepMetrics(spec.config.run, dist.get_rank(), config, num_steps)
-    with CheckpointWriter(spec.checkpoints_uri, config.keep_checkpoints, run=spec.config.run) as writer:
+    notice = Notice(rank.engine.device)
+    with CheckpointWriter(
+        spec.checkpoints_uri, config.keep_checkpoints, config.collective_timeout_s, spec.config.run
+    ) as writer:
         for step in speed.waits(prefetch(train_steps(rank.reader, rank.maker, rank.order, dist.get_rank()))):
             result = speed.run(partial(take_step, rank.engine, step, num_steps, config))
             stop_if_not_finite(result, rank.shards, spec.failures_uri)
@@ -100,7 +104,8 @@ def train_rank(spec: TrainSpec) -> None:
                 show_validation(figures, taken, num_steps)
             if spec.after_step is not None:  # before the checkpoint: whoever resumes from it finds this done
                 spec.after_step(rank, taken, num_steps)
-            if taken % config.checkpoint_every_steps == 0 and taken < num_steps:
+            is_due = notice.is_new() or taken % config.checkpoint_every_steps == 0
+            if is_due and taken < num_steps:
                 stop_if_ranks_differ(rank.engine, taken)
                 progress = rank.order.progress_after(taken).to_json() if dist.get_rank() == 0 else {}
                 writer.save(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,10 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
-from urbanclip_ray.errors import UserError
+from urbanclip_ray.errors import UserError, one_line
+from urbanclip_ray.logs import say
+
+FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
 class UsableWorkers(ElasticScalingPolicy):
@@ -32,13 +36,27 @@ class UserErrorsAreFinal(DefaultFailurePolicy):
         if user_error(training_failed_error) is not None:
             return FailureDecision.RAISE
         decision: FailureDecision = super().make_decision(training_failed_error)
+        if decision is FailureDecision.RETRY:
+            say(f"the workers start again from the last whole checkpoint: {_describe(training_failed_error)}")
         return decision
 
 
-def user_error(failure: Any) -> UserError | None:
-    """The first worker's error that says what to change, if there is one."""
-    reasons = getattr(failure, "worker_failures", {}).values()
-    return next((reason for reason in reasons if isinstance(reason, UserError)), None)
+def user_error(failure: Any) -> Exception | None:
+    """The first worker's error that says what to change, if there is one; that of a full disk does, too."""
+    return next((reason for reason in getattr(failure, "worker_failures", {}).values() if _is_users(reason)), None)
+
+
+def _is_users(reason: Any) -> bool:
+    return isinstance(reason, UserError) or (isinstance(reason, OSError) and reason.errno in FULL_OR_READ_ONLY)
+
+
+def _describe(failure: Any) -> str:
+    """One line of which workers failed and why."""
+    reasons = getattr(failure, "worker_failures", {})
+    if not reasons:
+        return one_line(failure)
+    rank, reason = next(iter(reasons.items()))
+    return f"rank {rank}, {len(reasons)} in all, failed: {one_line(reason)}"
 
 
 class PretrainTrainer(TorchTrainer):

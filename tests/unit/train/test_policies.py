@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 import ray.train
 from ray.train import FailureConfig, ScalingConfig, WorkerGroupError
@@ -38,6 +40,17 @@ def test_a_lost_worker_is_retried_as_often_as_configured_and_an_error_of_the_use
     assert [decision(policy, lost) for _ in range(3)] == [FailureDecision.RETRY, FailureDecision.RETRY, FailureDecision.RAISE]
     policy = UserErrorsAreFinal(FailureConfig(max_failures=2))
     assert decision(policy, lost, TrainError("lower train.lr")) == FailureDecision.RAISE
+    assert decision(policy, OSError(errno.ENOSPC, "the disk is full: free space")) == FailureDecision.RAISE
+
+
+def test_a_restart_is_said_with_its_reason(capsys):
+    policy = UserErrorsAreFinal(FailureConfig(max_failures=1))
+    reason = RuntimeError("Timed out waiting 60000ms for recv operation to complete")
+    for _ in range(2):
+        decision(policy, reason)
+    assert capsys.readouterr().out == (  # once: the second one ends the run
+        f"the workers start again from the last whole checkpoint: rank 0, 1 in all, failed: RuntimeError {reason}\n"
+    )
 
 
 def test_what_the_user_must_change_is_found_among_the_workers_errors():

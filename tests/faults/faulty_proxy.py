@@ -1,30 +1,58 @@
-"""A proxy in front of an S3 server that can be told to refuse everything for a while, as AWS does with too many requests."""
+"""A proxy in front of an S3 server that can be told to refuse everything for a while, to be slow, or to cut uploads off."""
 
 from __future__ import annotations
 
 import http.client
+import math
+import socket
+import struct
 import threading
 import time
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, NamedTuple
 
-REFUSAL = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 NOT_FORWARDED = ("connection", "keep-alive", "transfer-encoding", "expect")
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER: a socket that is closed at once answers with a reset
+LEAST_CUT_BYTES = 256  # an upload that is cut off has at least so many
 
 
-class SlowDownProxy:
-    """Forwards to `port` of this machine; `endpoint` is its own address. `num_refused` requests have been refused."""
+class Refusal(NamedTuple):
+    """What an S3 server answers instead of doing it."""
+
+    status: int
+    code: str
+    message: str
+
+    def body(self) -> bytes:
+        return f"<?xml version='1.0'?><Error><Code>{self.code}</Code><Message>{self.message}</Message></Error>".encode()
+
+
+SLOW_DOWN = Refusal(503, "SlowDown", "Please reduce your request rate.")  # AWS's, for too many requests
+EXPIRED = Refusal(400, "ExpiredToken", "The provided token has expired.")  # AWS's, for temporary keys
+
+
+class FaultyProxy:
+    """Forwards to `port` of this machine; `endpoint` is its own address. `counts` what was `refused`, `delayed`, `reset`."""
 
     def __init__(self, port: int) -> None:
-        self.num_refused = 0
-        self._refuses_until_s = 0.0
+        self.counts: Counter[str] = Counter()
+        self.delay_s = 0.0  # of every answer
+        self.num_resets_left = 0
+        self._refusal, self._refuses_until_s = SLOW_DOWN, 0.0
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler(port))
         self._server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
-    def refuse_for(self, seconds: float) -> None:
-        self._refuses_until_s = time.monotonic() + seconds
+    def refuse_for(self, seconds: float, refusal: Refusal = SLOW_DOWN) -> None:
+        self._refusal, self._refuses_until_s = refusal, time.monotonic() + seconds
+
+    def refuse_from_now_on(self, refusal: Refusal) -> None:
+        self.refuse_for(math.inf, refusal)
+
+    def answer_again(self) -> None:
+        self._refuses_until_s, self.delay_s, self.num_resets_left = 0.0, 0.0, 0
 
     def stop(self) -> None:
         self._server.shutdown()
@@ -37,15 +65,31 @@ class SlowDownProxy:
             protocol_version = "HTTP/1.1"
 
             def forward(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                num_bytes = int(self.headers.get("Content-Length") or 0)
+                if self.command == "PUT" and num_bytes >= LEAST_CUT_BYTES and proxy.num_resets_left > 0:
+                    proxy.num_resets_left -= 1
+                    self.cut_off(num_bytes)
+                    return
+                body = self.rfile.read(num_bytes)
+                if proxy.delay_s:
+                    proxy.counts["delayed"] += 1
+                    time.sleep(proxy.delay_s)
                 if time.monotonic() < proxy._refuses_until_s:
-                    proxy.num_refused += 1
-                    self.answer(503, [("Content-Type", "application/xml")], REFUSAL)
+                    proxy.counts["refused"] += 1
+                    self.answer(proxy._refusal.status, [("Content-Type", "application/xml")], proxy._refusal.body())
                     return
                 try:
                     self.answer(*self.ask(body))
                 except OSError:  # the server is away: the client sees what it would see without a proxy
                     self.close_connection = True
+
+            def cut_off(self, num_bytes: int) -> None:
+                """Take half of an upload, then reset the connection."""
+                self.rfile.read(num_bytes // 2)
+                proxy.counts["reset"] += 1
+                self.close_connection = True
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+                self.connection.close()
 
             def ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
                 connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
