@@ -156,7 +156,7 @@ def test_a_manifest_that_names_files_outside_of_its_dataset_is_refused(tmp_path,
 def test_a_manifest_that_names_another_storage_means_a_file_below_its_own_folder(tmp_path):
     uri = write_manifest(tmp_path / "d", files=[{"path": "s3://other/rows.parquet", "num_bytes": 0, "sha256": ""}])
     assert open_dataset(uri).file_uri("rows.parquet") == f"{uri}/s3://other/rows.parquet"
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(StorageError, match=f"{uri}/s3://other/rows.parquet is not there any more"):
         open_dataset(uri).read()
 
 

@@ -54,6 +54,7 @@ USES_RAY = {
     "urbanclip_ray.release.export",
     "urbanclip_ray.train.pack",
     "urbanclip_ray.train.launch",
+    "urbanclip_ray.train.notice",
     "urbanclip_ray.train.policies",
     "urbanclip_ray.evaluate.fits",
     "urbanclip_ray.evaluate.retrieval",
@@ -170,7 +171,7 @@ def test_of_captioners_the_coca_and_the_consistency_score_alone_know_the_model_a
 
 
 def test_nothing_below_reaches_up():
-    below = ["errors", "libraries", "schema", "config"]
+    below = ["errors", "libraries", "schema", "logs", "config"]
     order = [*below, "object_storage", "google_storage", "seals", "parquet_files", "filesystems", "storage"]
     for place, lower in enumerate(order):
         allowed = order[: place + 1]  # a package imports its own modules

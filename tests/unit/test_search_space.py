@@ -84,7 +84,7 @@ def test_named_spaces_are_searched_beside_own_keys_which_go_first():
 def test_every_named_space_has_trials_or_probe_settings(name):
     config = apply_overrides(DEMO, ["tune.space={}", f"tune.spaces=[{name}]", "tune.num_trials=20"])
     assert len(plan_trials(config)) == (1 if name == "probe" else 20)
-    assert len(plan_probes(config)) == (8 if name == "probe" else 0)
+    assert len(plan_probes(config)) == (config.tune.num_probes if name == "probe" else 0)
 
 
 def test_a_grid_is_every_combination_once_without_the_base_twice():

@@ -12,7 +12,7 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
-from urbanclip_ray.cluster import Cluster, Node, worker_resources
+from urbanclip_ray.cluster import Cluster, Node, wanted_worker
 from urbanclip_ray.config import ConfigError, RunConfig
 from urbanclip_ray.overrides import apply_overrides
 from urbanclip_ray.recipes import load_recipe
@@ -141,7 +141,7 @@ def test_a_search_that_could_stop_nobody_is_refused_with_the_fix(shards, labels,
 def test_as_many_trials_run_at_a_time_as_the_cluster_has_room_for(overrides, nodes, expected):
     config = apply_overrides(CONFIG, overrides)
     cluster = Cluster(tuple(Node(str(at), "a", node, is_head=at == 0) for at, node in enumerate(nodes)), None)
-    assert count_concurrent(config, cluster.places_now(worker_resources(config.resources))) == expected
+    assert count_concurrent(config, cluster.places_now(wanted_worker(config.resources))) == expected
 
 
 def places(shards, labels, *overrides: str) -> list[str]:
