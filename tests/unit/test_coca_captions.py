@@ -51,6 +51,7 @@ def caption(run: Run, uri: Path) -> Dataset:
     return open_dataset(str(uri))
 
 
+@pytest.mark.slow
 def test_a_run_describes_tiles_once_and_another_run_s_captions_are_not_taken_for_its_own(tmp_path):
     config = three_tiles(tmp_path)
     one, other = (make_run(config, write_run(tmp_path / f"run{seed}", seed)) for seed in (0, 1))

@@ -77,6 +77,7 @@ def test_the_function_sees_an_empty_table_of_a_file_without_rows(tmp_path, ray_c
     assert doubled.count() == 0
 
 
+@pytest.mark.slow
 def test_as_many_actors_as_cpus_start_at_once_beside_their_readers_and_writers(tmp_path, ray_cluster):
     class Slowly:  # workers cannot import this file, so it goes to them by value
         def __call__(self, rows: pa.Table) -> pa.Table:

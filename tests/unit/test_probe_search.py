@@ -57,6 +57,7 @@ def test_an_indicator_that_a_space_leaves_nothing_of_is_no_better_than_its_mean(
     assert score_setting(vectors, zero, PROBE, PROBE.model_copy(update={"target": "log"}), 0) == {"people": 0.0}
 
 
+@pytest.mark.slow
 def test_every_setting_is_tried_on_every_finished_trial(tmp_path, ray_cluster):
     heads = '"probe.mlp_hidden": {"choice": [2, 64]}, "probe.target": {"choice": ["raw", "log1p"]}'
     items = [
