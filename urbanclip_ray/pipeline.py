@@ -18,6 +18,7 @@ from rich.text import Text
 
 from urbanclip_ray import metrics
 from urbanclip_ray.config import RunConfig
+from urbanclip_ray.logs import say
 from urbanclip_ray.plan import is_asked_for, walk
 from urbanclip_ray.preflight import refuse_unfit_run
 from urbanclip_ray.representations import stages_of
@@ -134,6 +135,8 @@ def run_stage(run: Run, stage: Stage, console: Console, make: bool) -> float | N
     start = time.monotonic()
     with publish(uri, stage.name, content, parents) as publication:
         stage.make(run, publication)
+    if not publication.was_first:
+        say(f"{uri}: another run has finished it first; its result stands, and what this one made is removed")
     made_s = time.monotonic() - start
     run.datasets[stage.name] = open_dataset(uri)
     _count_stage(run.config.run, stage.name, run.datasets[stage.name].manifest.rejects, made_s)

@@ -26,7 +26,6 @@ from urbanclip_ray.filesystems import check_access as check_access
 from urbanclip_ray.filesystems import explain_storage_error, is_google, is_object_storage, list_level, put_if_absent
 from urbanclip_ray.filesystems import resolve as resolve
 from urbanclip_ray.libraries import library_versions
-from urbanclip_ray.logs import say
 from urbanclip_ray.object_storage import StorageError as StorageError
 from urbanclip_ray.parquet_files import read_parquet, write_parquet
 from urbanclip_ray.schema import FORMAT_VERSION
@@ -293,6 +292,7 @@ class Publication:
         self.rows_in = 0
         self.rows_out = 0
         self.rejects: dict[str, int] = {}
+        self.was_first = True  # to finish; where not, another run's result stands, and what this one made is removed
         self.facts: dict[str, Any] = {}
         filesystem, path = resolve(self.data_uri)
         with explained(uri):
@@ -367,7 +367,7 @@ def publish(uri: str, stage: str, config: dict[str, Any], parents: dict[str, Dat
             libraries=library_versions(),
         )
         if not create_exclusively(join(uri, MANIFEST), manifest.to_bytes()):
-            say(f"{uri}: another run has finished it first; its result stands, and what this one made is removed")
+            publication.was_first = False
             delete_folder(publication.data_uri)
     except BaseException as error:  # an interrupt, too, must leave no half of an attempt
         _discard(publication)
