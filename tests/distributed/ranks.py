@@ -12,10 +12,16 @@ import queue
 import tempfile
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 GLOO_TIMEOUT_S = 60
 RESULT_TIMEOUT_S = 300
+CPU = {"DS_ACCELERATOR": "cpu"}
+IMPORTED_ONCE = ["torch", "deepspeed", "urbanclip_ray.train.loop"]
 
 
 class RankError(AssertionError):
@@ -29,14 +35,11 @@ class RankError(AssertionError):
 
 def run_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any) -> list[Any]:
     """`function(*arguments)` in `num_ranks` new processes; their results in rank order. Raises :class:`RankError`."""
-    context = multiprocessing.get_context("spawn")
+    context = _forking_server()
     results: Any = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        meeting = f"file://{folder}/ranks"  # no port to race for
-        processes = [
-            context.Process(target=_run_rank, args=(rank, num_ranks, meeting, results, function, arguments))
-            for rank in range(num_ranks)
-        ]
+        work = (folder, results, dict(os.environ), function, arguments)
+        processes = [context.Process(target=_run_rank, args=(rank, num_ranks, *work)) for rank in range(num_ranks)]
         for process in processes:
             process.start()
         found, errors = _collect(processes, results)
@@ -45,9 +48,22 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any) -> 
             if process.is_alive():
                 process.kill()
                 process.join()
+        for file in sorted(Path(folder).glob("printed-*")):
+            print(file.read_text(errors="replace"), end="")  # the server's own output goes past the capture of pytest
     if len(found) < num_ranks:
         raise RankError(errors, [process.exitcode for process in processes])
     return [found[rank] for rank in range(num_ranks)]
+
+
+def _forking_server() -> Any:
+    """Processes come from a fresh one that has imported what takes seconds, and done nothing with it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED_ONCE)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in CPU.items():  # DeepSpeed looks at it when it is imported
+            patch.setenv(name, value)
+        forkserver.ensure_running()
+    return context
 
 
 def _collect(processes: list[Any], results: Any) -> tuple[dict[int, Any], dict[int, str]]:
@@ -68,18 +84,26 @@ def _collect(processes: list[Any], results: Any) -> tuple[dict[int, Any], dict[i
     return found, errors
 
 
-def _run_rank(rank: int, num_ranks: int, meeting: str, results: Any, function: Callable[..., Any], arguments: Any) -> None:
-    os.environ |= {
-        "DS_ACCELERATOR": "cpu",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-    }
+def _run_rank(
+    rank: int,
+    num_ranks: int,
+    folder: str,
+    results: Any,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    arguments: Any,
+) -> None:
+    os.environ.clear()  # what the server began with
+    os.environ |= environment | CPU | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+    printed = os.open(f"{folder}/printed-{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(printed, 1)
+    os.dup2(printed, 2)
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=GLOO_TIMEOUT_S)
+    meeting = f"file://{folder}/ranks"  # no port to race for
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=num_ranks, timeout=timeout)
     try:
         value = function(*arguments)
