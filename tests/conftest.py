@@ -15,6 +15,8 @@ from chromium import find_browser, open_browser
 from moto.server import ThreadedMotoServer
 from s3_server import S3Server, missing_programs
 
+from urbanclip_ray.dataflow import OWN_RAY
+
 
 def pytest_configure() -> None:
     """A Ray that runs on this machine, or that the environment names, belongs to somebody else: never join it."""
@@ -23,7 +25,7 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2)
+    ray.init(address="local", num_cpus=2, **OWN_RAY)
     yield
     ray.shutdown()
 

@@ -39,7 +39,7 @@ from urbanclip_ray.terminal import counted, open_console
 
 NODE_TIMEOUT_S = 20.0
 COUNT_TIMEOUT_S = 5.0
-ALL_REDUCE_TIMEOUT_S = 35.0
+ALL_REDUCE_TIMEOUT_S = 120.0  # two processes that import torch, from a cold disk or beside other work
 STORAGE_FIX = "mend what the error names, or set --storage to a place that every node can write"
 
 

@@ -29,6 +29,9 @@ JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray's job server giv
 ACCESS_FIX = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file that holds the cluster's token"
 
 CONNECT_TIMEOUT_S = 10.0
+# Ray ends idle workers after a second where there are more than CPUs, as there are on a machine of two: the next task then
+# waits ten seconds until another one has imported torch.
+OWN_RAY = {"_system_config": {"idle_worker_killing_time_threshold_ms": 60_000}}
 
 # An actor with a whole CPU on the last free one leaves none to the tasks that read for it and write what it makes, and all of
 # them wait for ever: Ray Data starts actors first. So actors on CPUs leave a little, and such tasks take a little.
@@ -72,7 +75,7 @@ def _join(address: str) -> None:
     environment = {"env_vars": settings} if settings else None  # without one, workers start quicker
     try:
         _refuse_silence(address)
-        joined = ray.init(address=address, runtime_env=environment)
+        joined = ray.init(address=address, runtime_env=environment, **(OWN_RAY if address == "local" else {}))
         say(where_to_look(joined.dashboard_url))
     except ray.exceptions.AuthenticationError as error:
         raise ClusterError(f"RAY_ADDRESS={address} asks for a token: {error.message}; {ACCESS_FIX}") from None

@@ -45,27 +45,26 @@ def measure_retrieval(
     images = embeddings.read(["tile_id", "embedding"])
     images = images.append_column("part", parts["part"].take(pc.index_in(images["tile_id"], parts["tile_id"])))
     texts = pairs.read(["tile_id", "texts"])
+    rows = {part: images.filter(pc.field("part") == part).sort_by("tile_id") for part in ("val", "test")}
+    galleries = {part: _gallery(texts, of_part["tile_id"], text_mode) for part, of_part in rows.items()}
+    different = pa.concat_tables(galleries.values())["text"].combine_chunks().dictionary_encode().dictionary
+    vectors = torch.from_numpy(encode_texts(different, weights_uri)) if len(different) else None
     results, num_texts = [], 0
-    for part in ("val", "test"):
-        rows = images.filter(pc.field("part") == part).sort_by("tile_id")
-        gallery = texts.filter(pc.is_in(texts["tile_id"], value_set=rows["tile_id"]))
-        sentences = _gallery(gallery, rows["tile_id"], text_mode)
-        if rows.num_rows == 0 or sentences.num_rows == 0:
+    for part, gallery in galleries.items():
+        if gallery.num_rows == 0 or vectors is None:
             continue
-        different = sentences["text"].combine_chunks().dictionary_encode()
-        same_text = torch.from_numpy(different.indices.to_numpy().astype(np.int64))
-        text = torch.from_numpy(encode_texts(different.dictionary, weights_uri))[same_text]
-        owner = torch.tensor(sentences["owner"].to_pylist())
-        image = torch.from_numpy(np.stack(rows["embedding"].to_numpy()))
+        same_text = torch.from_numpy(pc.index_in(gallery["text"], different).to_numpy().astype(np.int64))
+        owner = torch.tensor(gallery["owner"].to_pylist())
+        image, text = torch.from_numpy(np.stack(rows[part]["embedding"].to_numpy())), vectors[same_text]
         results.append(
             {
                 "part": part,
-                "num_images": rows.num_rows,
+                "num_images": rows[part].num_rows,
                 "num_texts": len(owner),
-                "num_different_texts": len(different.dictionary),
+                "num_different_texts": len(set(same_text.tolist())),
                 **recall_at_k(image, text, owner),
                 "equal_texts": recall_at_k(image, text, owner, same_text),
-                "chance": chance_recall(owner, rows.num_rows),
+                "chance": chance_recall(owner, rows[part].num_rows),
             }
         )
         num_texts += len(owner)
@@ -75,6 +74,7 @@ def measure_retrieval(
 
 def _gallery(pairs: pa.Table, tile_ids: pa.ChunkedArray, text_mode: TextMode) -> pa.Table:
     """owner (place of its tile in `tile_ids`) and text of everything to be found."""
+    pairs = pairs.filter(pc.is_in(pairs["tile_id"], value_set=tile_ids))
     shown = [shown_texts(texts, text_mode) if texts else [] for texts in pairs["texts"].to_pylist()]
     owners = pc.index_in(pairs["tile_id"], value_set=tile_ids).to_pylist()
     return pa.table(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import subprocess
-import sys
 from types import SimpleNamespace
 
+import huggingface_hub.constants
 import open_clip
 import pytest
 import safetensors.torch
@@ -20,7 +18,7 @@ from torch.nn import functional as F
 from urbanclip_ray.config import ConfigError, ModelConfig
 from urbanclip_ray.model.architectures import open_clip_config
 from urbanclip_ray.model.coca import build_model
-from urbanclip_ray.model.pretrained import file_sha256, fill_start, identify_start, start_file
+from urbanclip_ray.model.pretrained import download_start, file_sha256, fill_start, identify_start, start_file
 from urbanclip_ray.model.tokenize import open_clip_tokenizer, train_bpe
 from urbanclip_ray.model.weights import WEIGHTS_FILE, weight_files
 from urbanclip_ray.overrides import apply_overrides
@@ -98,49 +96,36 @@ def test_a_tokenizer_of_the_runs_own_cannot_go_with_published_weights():
         apply_overrides(load_recipe("tiny_test"), [f"model.pretrained={TAG}"])
 
 
-DOWNLOAD = """
-import sys
-from urbanclip_ray.config import ModelConfig
-from urbanclip_ray.errors import UserError
-from urbanclip_ray.model.pretrained import download_start
-
-try:
-    print(download_start(ModelConfig.model_validate_json(sys.argv[1])))
-except UserError as error:
-    sys.exit(f"refused: {error}")
-"""
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The hub out of reach, and a cache of it: huggingface_hub reads both from the environment when it is imported."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
 
 
-def download(cache, config):
-    """`download_start` with the hub out of reach and this cache, which huggingface_hub reads once per process."""
-    environment = os.environ | {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
-    arguments = [sys.executable, "-c", DOWNLOAD, config.model_dump_json()]
-    return subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=120)
-
-
-def test_published_weights_come_from_the_hubs_cache_as_safetensors(tmp_path):
-    repository = tmp_path / "hub" / REPOSITORY
+def test_published_weights_come_from_the_hubs_cache_as_safetensors(hub):
+    repository = hub / REPOSITORY
     snapshot = repository / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
     (snapshot / WEIGHTS_FILE).write_bytes(b"weights")
     for name in (TAG, HUB_ID):
-        result = download(tmp_path, named(name))
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.strip().endswith(f"snapshots/{COMMIT}/{WEIGHTS_FILE}")
+        assert str(download_start(named(name))).endswith(f"snapshots/{COMMIT}/{WEIGHTS_FILE}")
 
     (snapshot / WEIGHTS_FILE).rename(snapshot / "open_clip_pytorch_model.bin")
-    result = download(tmp_path, named(TAG))
-    assert result.returncode == 1
-    assert f"refused: model.pretrained={TAG}: {WEIGHTS_FILE} of laion/CoCa-ViT-B-32-laion2B-s13B-b90k" in result.stderr
-    assert "bring the file yourself: --set model.pretrained=FILE.safetensors" in result.stderr
+    with pytest.raises(ConfigError) as refused:
+        download_start(named(TAG))
+    said = str(refused.value)
+    assert f"model.pretrained={TAG}: {WEIGHTS_FILE} of laion/CoCa-ViT-B-32-laion2B-s13B-b90k" in said
+    assert "bring the file yourself: --set model.pretrained=FILE.safetensors" in said
 
 
-def test_an_unknown_tag_is_refused_with_those_there_are(tmp_path):
-    result = download(tmp_path, named("openai"))
-    assert result.returncode == 1
-    assert f"'openai' is no tag of open_clip's coca_ViT-B-32 (it has {TAG}, mscoco_finetuned_{TAG})" in result.stderr
+def test_an_unknown_tag_is_refused_with_those_there_are(hub):
+    with pytest.raises(ConfigError) as refused:
+        download_start(named("openai"))
+    assert f"'openai' is no tag of open_clip's coca_ViT-B-32 (it has {TAG}, mscoco_finetuned_{TAG})" in str(refused.value)
 
 
 @pytest.mark.parametrize("recipe", ["urbanclip_beijing", "urbanclip_four_cities"])
