@@ -74,6 +74,7 @@ def run_pipeline(city: Path, *options: str, storage: str = "", **environment: st
     return result
 
 
+@pytest.mark.slow
 def test_a_cluster_that_can_do_the_run_passes_every_check(city, address):
     result = run_pipeline(city, "--check", RAY_ADDRESS=address, RAY_AUTH_MODE="disabled")
     assert result.returncode == 0, result.stdout + result.stderr

@@ -75,6 +75,7 @@ def check_people(labels: Dataset) -> None:
     assert facts["cells_per_tile"] == pytest.approx(4, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_scene_becomes_tiles_with_labels_and_other_labels_leave_the_tiles(tmp_path):
     scene = write_ground(tmp_path)
     storage = tmp_path / "storage"

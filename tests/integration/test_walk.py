@@ -198,6 +198,7 @@ def test_a_job_run_too_early_names_the_job_to_run_first(walk, tmp_path):
     assert "run jobs/refine.py with the same options first" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_changed_refinement_remakes_pairs_and_what_follows(walk, ray_cluster, tmp_path):
     """Up to the shards; that pretraining and what follows are unmade for them, too, is what the last job says."""
     storage = shutil.copytree(walk.storage, tmp_path / "storage")
