@@ -9,6 +9,7 @@ import struct
 import threading
 import time
 from collections import Counter
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
@@ -36,89 +37,92 @@ class FaultyProxy:
     """Forwards to `port` of this machine; `endpoint` is its own address. `counts` what was `refused`, `delayed`, `reset`."""
 
     def __init__(self, port: int) -> None:
+        self.port = port
         self.counts: Counter[str] = Counter()
         self.delay_s = 0.0  # of every answer
         self.num_resets_left = 0
-        self._refusal, self._refuses_until_s = SLOW_DOWN, 0.0
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler(port))
+        self.refusal, self.refuses_until_s = SLOW_DOWN, 0.0
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, self))
         self._server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def refuse_for(self, seconds: float, refusal: Refusal = SLOW_DOWN) -> None:
-        self._refusal, self._refuses_until_s = refusal, time.monotonic() + seconds
+        self.refusal, self.refuses_until_s = refusal, time.monotonic() + seconds
 
     def refuse_from_now_on(self, refusal: Refusal) -> None:
         self.refuse_for(math.inf, refusal)
 
     def answer_again(self) -> None:
-        self._refuses_until_s, self.delay_s, self.num_resets_left = 0.0, 0.0, 0
+        self.refuses_until_s, self.delay_s, self.num_resets_left = 0.0, 0.0, 0
 
     def stop(self) -> None:
         self._server.shutdown()
         self._server.server_close()
 
-    def _handler(self, port: int) -> type[BaseHTTPRequestHandler]:
-        proxy = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+class Handler(BaseHTTPRequestHandler):
+    """Asks the server for one client, or does what the proxy was told to do instead."""
 
-            def forward(self) -> None:
-                num_bytes = int(self.headers.get("Content-Length") or 0)
-                if self.command == "PUT" and num_bytes >= LEAST_CUT_BYTES and proxy.num_resets_left > 0:
-                    proxy.num_resets_left -= 1
-                    self.cut_off(num_bytes)
-                    return
-                body = self.rfile.read(num_bytes)
-                if proxy.delay_s:
-                    proxy.counts["delayed"] += 1
-                    time.sleep(proxy.delay_s)
-                if time.monotonic() < proxy._refuses_until_s:
-                    proxy.counts["refused"] += 1
-                    self.answer(proxy._refusal.status, [("Content-Type", "application/xml")], proxy._refusal.body())
-                    return
-                try:
-                    self.answer(*self.ask(body))
-                except OSError:  # the server is away: the client sees what it would see without a proxy
-                    self.close_connection = True
+    protocol_version = "HTTP/1.1"
 
-            def cut_off(self, num_bytes: int) -> None:
-                """Take half of an upload, then reset the connection."""
-                self.rfile.read(num_bytes // 2)
-                proxy.counts["reset"] += 1
-                self.close_connection = True
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-                self.connection.close()
+    def __init__(self, proxy: FaultyProxy, *arguments: Any) -> None:
+        self.proxy = proxy
+        super().__init__(*arguments)  # which handles the connection
 
-            def ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
-                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-                connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-                for name, value in self.headers.items():  # the host as well: it is signed
-                    if name.lower() not in NOT_FORWARDED:
-                        connection.putheader(name, value)
-                connection.endheaders(body or None)
-                response = connection.getresponse()
-                data = response.read()
-                connection.close()
-                return response.status, response.getheaders(), data
+    def forward(self) -> None:
+        num_bytes = int(self.headers.get("Content-Length") or 0)
+        if self.command == "PUT" and num_bytes >= LEAST_CUT_BYTES and self.proxy.num_resets_left > 0:
+            self.proxy.num_resets_left -= 1
+            self.cut_off(num_bytes)
+            return
+        body = self.rfile.read(num_bytes)
+        if self.proxy.delay_s:
+            self.proxy.counts["delayed"] += 1
+            time.sleep(self.proxy.delay_s)
+        if time.monotonic() < self.proxy.refuses_until_s:
+            self.proxy.counts["refused"] += 1
+            self.answer(self.proxy.refusal.status, [("Content-Type", "application/xml")], self.proxy.refusal.body())
+            return
+        try:
+            self.answer(*self.ask(body))
+        except OSError:  # the server is away: the client sees what it would see without a proxy
+            self.close_connection = True
 
-            def answer(self, status: int, headers: list[tuple[str, str]], data: bytes) -> None:
-                self.send_response_only(status)
-                sizes = [value for name, value in headers if name.lower() == "content-length"]
-                for name, value in headers:
-                    if name.lower() not in (*NOT_FORWARDED, "content-length"):
-                        self.send_header(name, value)
-                is_head = self.command == "HEAD"
-                if status not in (204, 304):
-                    self.send_header("Content-Length", sizes[0] if is_head and sizes else str(len(data)))
-                self.end_headers()
-                if not is_head:
-                    self.wfile.write(data)
+    def cut_off(self, num_bytes: int) -> None:
+        """Take half of an upload, then reset the connection."""
+        self.rfile.read(num_bytes // 2)
+        self.proxy.counts["reset"] += 1
+        self.close_connection = True
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        self.connection.close()
 
-            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = forward  # noqa: N815 http.server's names
+    def ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.proxy.port, timeout=60)
+        connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+        for name, value in self.headers.items():  # the host as well: it is signed
+            if name.lower() not in NOT_FORWARDED:
+                connection.putheader(name, value)
+        connection.endheaders(body or None)
+        response = connection.getresponse()
+        data = response.read()
+        connection.close()
+        return response.status, response.getheaders(), data
 
-            def log_message(self, *arguments: Any) -> None:
-                """Nothing: what matters is counted."""
+    def answer(self, status: int, headers: list[tuple[str, str]], data: bytes) -> None:
+        self.send_response_only(status)
+        sizes = [value for name, value in headers if name.lower() == "content-length"]
+        for name, value in headers:
+            if name.lower() not in (*NOT_FORWARDED, "content-length"):
+                self.send_header(name, value)
+        is_head = self.command == "HEAD"
+        if status not in (204, 304):
+            self.send_header("Content-Length", sizes[0] if is_head and sizes else str(len(data)))
+        self.end_headers()
+        if not is_head:
+            self.wfile.write(data)
 
-        return Handler
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = forward  # noqa: N815 http.server's names
+
+    def log_message(self, *arguments: Any) -> None:
+        """Nothing: what matters is counted."""
