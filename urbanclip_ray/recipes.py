@@ -59,7 +59,7 @@ def world_demo() -> RunConfig:
 
 
 def demo_search() -> RunConfig:
-    """Twelve trials of the demo, of 4 epochs each: loss weights, learning rate, views of a tile; then its probe."""
+    """Twelve trials of the demo, of 3 epochs each: loss weights, learning rate, views of a tile; then its probe."""
     base = world_demo()
     space = {
         "train.lr": Domain(loguniform=(1e-4, 2e-3)),
@@ -71,16 +71,16 @@ def demo_search() -> RunConfig:
     return base.model_copy(
         update={
             "run": "demo_search",
-            "train": base.train.model_copy(update={"epochs": 4, "validations": 1}),
+            "train": base.train.model_copy(update={"epochs": 3, "validations": 1}),
             "tune": TuneConfig(
                 space=space,
                 spaces=("probe",),
                 num_trials=12,
                 num_probes=6,
                 sampler="halton",
-                samples_per_report=2304,  # 18 steps of 53: three reports a trial
-                grace_samples=2304,
-                max_train_tiles=512,  # of 1,712, so that reports are quick beside 4 epochs
+                samples_per_report=1792,  # 14 steps of 40: three reports a trial
+                grace_samples=1792,
+                max_train_tiles=512,  # of 1,712, so that reports are quick beside 3 epochs
             ),
         }
     )
