@@ -59,28 +59,29 @@ def world_demo() -> RunConfig:
 
 
 def demo_search() -> RunConfig:
-    """Twelve trials of the demo, of 3 epochs each: loss weights, learning rate, views of a tile; then its probe."""
+    """Twelve trials of the demo, of 2 epochs each: loss weights, learning rate, views of a tile; then its probe."""
     base = world_demo()
     space = {
         "train.lr": Domain(loguniform=(1e-4, 2e-3)),
         "train.contrastive_weight": Domain(loguniform=(0.25, 4)),
         "train.caption_weight": Domain(loguniform=(0.25, 4)),
         # of the probe's settings the one that moves its score: the penalty is chosen anew for every score anyway
-        "embed.views": Domain(choice=(1, 8)),
+        "embed.views": Domain(choice=(1, 4)),
     }
     return base.model_copy(
         update={
             "run": "demo_search",
-            "train": base.train.model_copy(update={"epochs": 3, "validations": 1}),
+            "train": base.train.model_copy(update={"epochs": 2, "validations": 1}),
+            "embed": base.embed.model_copy(update={"views": 4}),  # judging would else take as long as training
             "tune": TuneConfig(
                 space=space,
                 spaces=("probe",),
                 num_trials=12,
                 num_probes=6,
                 sampler="halton",
-                samples_per_report=1792,  # 14 steps of 40: three reports a trial
-                grace_samples=1792,
-                max_train_tiles=512,  # of 1,712, so that reports are quick beside 3 epochs
+                samples_per_report=1152,  # 9 steps of 26: three reports a trial
+                grace_samples=1152,
+                max_train_tiles=256,  # of 1,712, so that reports are quick beside 2 epochs
             ),
         }
     )
