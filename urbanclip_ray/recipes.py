@@ -66,13 +66,13 @@ def demo_search() -> RunConfig:
         "train.contrastive_weight": Domain(loguniform=(0.25, 4)),
         "train.caption_weight": Domain(loguniform=(0.25, 4)),
         # of the probe's settings the one that moves its score: the penalty is chosen anew for every score anyway
-        "embed.views": Domain(choice=(1, 4)),
+        "embed.views": Domain(choice=(1, 8)),
     }
     return base.model_copy(
         update={
             "run": "demo_search",
             "train": base.train.model_copy(update={"epochs": 2, "validations": 1}),
-            "embed": base.embed.model_copy(update={"views": 4}),  # judging would else take as long as training
+            "embed": base.embed.model_copy(update={"views": 1}),  # with 8, judging takes as long as training
             "tune": TuneConfig(
                 space=space,
                 spaces=("probe",),
