@@ -56,6 +56,7 @@ USES_RAY = {
     "urbanclip_ray.train.launch",
     "urbanclip_ray.train.notice",
     "urbanclip_ray.train.policies",
+    "urbanclip_ray.train.worker",
     "urbanclip_ray.evaluate.fits",
     "urbanclip_ray.evaluate.retrieval",
     "urbanclip_ray.evaluate.trained.train",
