@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python jobs/pipeline.py --recipe world_demo --storage runs
 
-# Two processes: a single one waits, for a third of its time, for nodes, ranks and jobs to start.
+# Two processes: a single one often waits for nodes, ranks and jobs to start.
 test: $(STAMP) lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow and not fault"
 

@@ -48,10 +48,10 @@ def measure_retrieval(
     rows = {part: images.filter(pc.field("part") == part).sort_by("tile_id") for part in ("val", "test")}
     galleries = {part: _gallery(texts, of_part["tile_id"], text_mode) for part, of_part in rows.items()}
     different = pa.concat_tables(galleries.values())["text"].combine_chunks().dictionary_encode().dictionary
-    vectors = torch.from_numpy(encode_texts(different, weights_uri)) if len(different) else None
+    vectors = torch.from_numpy(encode_texts(different, weights_uri)) if len(different) else torch.empty(0)
     results, num_texts = [], 0
     for part, gallery in galleries.items():
-        if gallery.num_rows == 0 or vectors is None:
+        if gallery.num_rows == 0:
             continue
         same_text = torch.from_numpy(pc.index_in(gallery["text"], different).to_numpy().astype(np.int64))
         owner = torch.tensor(gallery["owner"].to_pylist())

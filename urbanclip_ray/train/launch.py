@@ -27,7 +27,7 @@ from urbanclip_ray.storage import Dataset, Publication, delete_folder, exists, j
 from urbanclip_ray.train.guards import TrainError
 from urbanclip_ray.train.loop import AfterStep, TrainSpec, train_rank
 from urbanclip_ray.train.policies import PretrainTrainer, user_error
-from urbanclip_ray.train.worker import pack_work, work
+from urbanclip_ray.train.worker import train_loop, train_loop_config
 
 WORKER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # the patch prints every line twice
@@ -118,9 +118,9 @@ def _run_workers(spec: TrainSpec, config: RunConfig, publication: Publication, c
     resources = config.resources
     counts = config.worker_counts()
     trainer = PretrainTrainer(
-        work,
+        train_loop,
         worker_counts=counts,
-        train_loop_config=pack_work(train_rank, spec),
+        train_loop_config=train_loop_config(train_rank, spec),
         torch_config=TorchConfig(timeout_s=config.train.collective_timeout_s),
         scaling_config=scaling_config(resources, counts[0] if len(counts) == 1 else (counts[0], counts[-1])),
         run_config=ray.train.RunConfig(
