@@ -15,9 +15,9 @@ from rich.table import Table
 
 from urbanclip_ray import dataflow
 from urbanclip_ray.captioners.store import STORE, parse_part
+from urbanclip_ray.manifest import FileEntry
 from urbanclip_ray.storage import (
     MANIFEST,
-    FileEntry,
     StorageError,
     join,
     list_files,

@@ -19,18 +19,19 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.fs as pafs
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from urbanclip_ray.filesystems import absolute as absolute  # exported again: who works with files imports one module
 from urbanclip_ray.filesystems import check_access as check_access
 from urbanclip_ray.filesystems import explain_storage_error, is_google, is_object_storage, list_level, put_if_absent
 from urbanclip_ray.filesystems import resolve as resolve
 from urbanclip_ray.libraries import library_versions
+from urbanclip_ray.manifest import FileEntry, Manifest
 from urbanclip_ray.object_storage import StorageError as StorageError
 from urbanclip_ray.parquet_files import read_parquet, write_parquet
 from urbanclip_ray.schema import FORMAT_VERSION
-from urbanclip_ray.seals import BLANK, is_intact, seal
 from urbanclip_ray.seals import DamagedError as DamagedError
+from urbanclip_ray.seals import is_intact
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 30  # of some six million files
@@ -39,36 +40,6 @@ READ_CHUNK_BYTES = 1 << 20
 
 class MissingDatasetError(StorageError):
     """A dataset without a manifest: it does not exist, or was never finished."""
-
-
-class FileEntry(BaseModel):
-    """One file of a dataset; `path` is relative to the dataset's folder."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    path: str
-    num_bytes: int
-    sha256: str
-
-
-class Manifest(BaseModel):
-    """What a finished dataset is and what it was made of. What came in = what went out + rejects, in `unit`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    stage: str
-    config: dict[str, Any]
-    parents: dict[str, str]  # stage -> sha256 of its manifest
-    unit: str
-    rows_in: int
-    rows_out: int
-    rejects: dict[str, int]  # reason -> count
-    files: tuple[FileEntry, ...]
-    facts: dict[str, Any]  # what else the stage says of itself
-    libraries: dict[str, str]
-    seal: str = ""  # of the file itself, see `seals`; older manifests have none
-
-    def to_bytes(self) -> bytes:
-        """The sealed file."""
-        return seal(self.model_copy(update={"seal": BLANK}).model_dump_json(indent=1).encode())
 
 
 def join(uri: str, *parts: str) -> str:

@@ -18,6 +18,7 @@ LIGHT = [
     *("", ".errors", ".remote_errors", ".config", ".overrides", ".recipes", ".schema", ".storage", ".command_line"),
     *(
         ".object_storage",
+        ".manifest",
         ".google_storage",
         ".filesystems",
         ".imagery",
@@ -173,7 +174,7 @@ def test_of_captioners_the_coca_and_the_consistency_score_alone_know_the_model_a
 
 def test_nothing_below_reaches_up():
     below = ["errors", "libraries", "schema", "config"]
-    order = [*below, "object_storage", "google_storage", "seals", "parquet_files", "filesystems", "storage"]
+    order = [*below, "object_storage", "google_storage", "seals", "manifest", "parquet_files", "filesystems", "storage"]
     for place, lower in enumerate(order):
         allowed = order[: place + 1]  # a package imports its own modules
         for item in ALL:

@@ -13,7 +13,8 @@ from urbanclip_ray.captioners.base import Origin
 from urbanclip_ray.captioners.store import STORE, CaptionStore, StoredCaption
 from urbanclip_ray.command_line import run_check_storage
 from urbanclip_ray.integrity import CHECKPOINT, DATASET, PART, check_storage
-from urbanclip_ray.storage import FileEntry, StorageError, open_dataset, publish
+from urbanclip_ray.manifest import FileEntry
+from urbanclip_ray.storage import StorageError, open_dataset, publish
 from urbanclip_ray.train.checkpoint_files import Commit, Index, Piece, folder_name, index_name, sum_of, tensors_name
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

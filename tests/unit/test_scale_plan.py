@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from urbanclip_ray.config import ModelConfig, TrainConfig
+from urbanclip_ray.manifest import FileEntry, Manifest
 from urbanclip_ray.plan import shape_of
-from urbanclip_ray.storage import FileEntry, Manifest
 from urbanclip_ray.train.order import Order
 
 ROOT = Path(__file__).parents[2]

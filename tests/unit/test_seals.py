@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from urbanclip_ray.captioners.base import Origin
 from urbanclip_ray.captioners.store import SEAL_KEY, CaptionStore, StoredCaption
+from urbanclip_ray.manifest import Manifest
 from urbanclip_ray.seals import BLANK, is_intact, seal
-from urbanclip_ray.storage import Manifest
 
 MANIFEST = Manifest(
     stage="tiles",

@@ -18,6 +18,7 @@ import ray.data
 from urbanclip_ray import dataflow
 from urbanclip_ray.config import ConfigError
 from urbanclip_ray.libraries import library_versions
+from urbanclip_ray.manifest import FileEntry, Manifest
 from urbanclip_ray.release.card import Release, check_licence, write_card
 from urbanclip_ray.release.plan import ExportPlan, Format, ShardPlan, plan_export
 from urbanclip_ray.release.shards import ShardSettings, write_shard
@@ -25,8 +26,6 @@ from urbanclip_ray.stages import Run
 from urbanclip_ray.storage import (
     MANIFEST,
     Dataset,
-    FileEntry,
-    Manifest,
     StorageError,
     create_exclusively,
     delete_file,

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from urbanclip_ray import storage
+from urbanclip_ray.manifest import FileEntry
 from urbanclip_ray.parquet_files import open_parquet, read_parquet
 from urbanclip_ray.release.plan import Format, ShardPlan
 from urbanclip_ray.schema import TILES
@@ -60,7 +61,7 @@ class HashedFile(io.RawIOBase):
         return self._sha256.hexdigest()
 
 
-def write_shard(plan: ShardPlan, settings: ShardSettings) -> storage.FileEntry:
+def write_shard(plan: ShardPlan, settings: ShardSettings) -> FileEntry:
     """Write one shard; a shard that is there already, from a task that failed, is written over."""
     with storage.open_output(storage.join(settings.output, plan.name)) as file:
         hashed = HashedFile(file)
@@ -68,7 +69,7 @@ def write_shard(plan: ShardPlan, settings: ShardSettings) -> storage.FileEntry:
         num_rows = write(hashed, _rows(plan, settings), plan.part)
     if num_rows != len(plan.tile_ids):
         raise AssertionError(f"{plan.name}: {len(plan.tile_ids)} tiles planned, {num_rows} written")
-    return storage.FileEntry(path=plan.name, num_bytes=hashed.num_bytes, sha256=hashed.sha256)
+    return FileEntry(path=plan.name, num_bytes=hashed.num_bytes, sha256=hashed.sha256)
 
 
 def _rows(plan: ShardPlan, settings: ShardSettings) -> Iterator[pa.Table]:

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
+from urbanclip_ray.manifest import FileEntry
 from urbanclip_ray.seals import BLANK, is_intact, seal
-from urbanclip_ray.storage import FileEntry, exists, join, list_folders, open_file
+from urbanclip_ray.storage import exists, join, list_folders, open_file
 from urbanclip_ray.train.fragments import MOMENTS
 from urbanclip_ray.train.tensor_file import BUFFER_BYTES, DamagedError, first_error, open_tensors
 

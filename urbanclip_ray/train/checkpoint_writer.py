@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from urbanclip_ray import metrics
+from urbanclip_ray.manifest import FileEntry
 from urbanclip_ray.storage import (
-    FileEntry,
     StorageError,
     create_exclusively,
     delete_file,
