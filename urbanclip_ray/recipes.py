@@ -61,6 +61,8 @@ def world_demo() -> RunConfig:
 def demo_search() -> RunConfig:
     """Twelve trials of the demo, of 2 epochs each: loss weights, learning rate, views of a tile; then its probe."""
     base = world_demo()
+    # of the winner alone, and what needs no encoder: minutes that are not spent on what world_demo shows already
+    methods = ("pretrained", "pretrained_mlp", "colour", "coordinates", "mean")
     space = {
         "train.lr": Domain(loguniform=(1e-4, 2e-3)),
         "train.contrastive_weight": Domain(loguniform=(0.25, 4)),
@@ -73,6 +75,7 @@ def demo_search() -> RunConfig:
             "run": "demo_search",
             "train": base.train.model_copy(update={"epochs": 2, "validations": 1}),
             "embed": base.embed.model_copy(update={"views": 1}),  # with 8, judging takes as long as training
+            "probe": base.probe.model_copy(update={"methods": methods}),
             "tune": TuneConfig(
                 space=space,
                 spaces=("probe",),

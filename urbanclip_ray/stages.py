@@ -365,7 +365,7 @@ STAGES: tuple[Stage, ...] = (
         ("tiles", "pretrain"),
         lambda run: pretrained_content(run) | {"untrained_seed": run.config.model.seed},
         _untrained,
-        lambda run: run.has_pretrained and run.has_labels,
+        lambda run: run.has_pretrained and run.has_labels and run.config.probe.judges("untrained"),
     ),
     Stage(
         "retrieval",

@@ -35,18 +35,21 @@ SETTINGS = [
 
 
 class Watch(threading.Thread):
-    """Notes which placement groups there are, and how many CPUs are free, twice a second."""
+    """Notes which placement groups hold CPUs, and how many CPUs are free, twice a second.
+
+    A trial has two groups: its ranks', and its driver's, which holds memory alone and which Tune may hand to the next trial.
+    """
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.address = ray.get_runtime_context().gcs_address  # of this Ray: others may run here
-        self.notes: list[tuple[float, set[str], float]] = []  # wall time, groups with resources, free CPUs
+        self.notes: list[tuple[float, set[str], float]] = []  # wall time, groups with CPUs, free CPUs
         self.is_over = threading.Event()
 
     def run(self) -> None:
         while not self.is_over.wait(POLL_S):
-            groups = list_placement_groups(self.address, filters=[("state", "=", "CREATED")], timeout=60)
-            held = {group.placement_group_id for group in groups}
+            groups = list_placement_groups(self.address, filters=[("state", "=", "CREATED")], timeout=60, detail=True)
+            held = {group.placement_group_id for group in groups if any("CPU" in b["unit_resources"] for b in group.bundles)}
             self.notes.append((time.time(), held, ray.available_resources().get("CPU", 0)))
 
 

@@ -214,6 +214,11 @@ def test_a_stage_s_parents_are_found_or_the_job_to_run_first_is_named(config, ma
     }
 
 
+def test_weights_as_they_were_before_training_are_embedded_only_for_a_probe_that_judges_them(config, made):
+    assert not {"untrained"} & set(rerun(config, made, "probe.methods=[pretrained, colour]"))
+    assert rerun(config, made, "probe.methods=[pretrained, untrained_mlp]") == ["untrained", "probe"]
+
+
 def test_pairs_are_made_anew_when_sentences_end_elsewhere(config, made, monkeypatch):
     rerun(config, made)
     assert rerun(config, made) == []

@@ -99,3 +99,7 @@ class ProbeConfig(Section):
     mlp_weight_decay: float = Field(default=0.01, ge=0)
     mlp_max_epochs: int = Field(default=200, ge=1)
     mlp_patience: int = Field(default=20, ge=1)  # epochs without a better validation error
+
+    def judges(self, representation: str) -> bool:
+        """Whether a representation of the run is asked for, by ridge or by the MLP."""
+        return not self.methods or representation in {method.removesuffix("_mlp") for method in self.methods}

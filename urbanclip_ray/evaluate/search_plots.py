@@ -263,5 +263,6 @@ def score_against_cost(trials: Sequence[TrialView], costs: Sequence[float | None
     style(figure, height=380, left=56)
     figure.update_layout(hovermode="closest", legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
     figure.update_xaxes(title_text=cost, rangemode="tozero", tickformat=",", nticks=6)
-    figure.update_yaxes(title_text="validation score", range=list(scores))
+    above = 0.1 * (scores.high - scores.low)  # for the number of the best one
+    figure.update_yaxes(title_text="validation score", range=[scores.low, scores.high + above])
     return as_json(figure)
