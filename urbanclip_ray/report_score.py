@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 import ray.train
@@ -16,8 +17,9 @@ from urbanclip_ray.config.search import Metric
 from urbanclip_ray.evaluate.validation_score import ProbeRows, RowVectors, score_vectors
 from urbanclip_ray.search_results import VECTORS_FILE, Report, read_record, reduce_r2, write_record
 from urbanclip_ray.storage import Dataset, join, write_bytes
-from urbanclip_ray.train.loop import Rank
-from urbanclip_ray.train.validate import validate
+
+if TYPE_CHECKING:
+    from urbanclip_ray.train.loop import Rank
 
 
 class ReportScore:
@@ -63,6 +65,8 @@ class ReportScore:
 
 def mean_recall(rank: Rank, config: RunConfig) -> float:
     """R@10 on validation rows, the mean of image to text and text to image; says nothing across other rows or texts."""
+    from urbanclip_ray.train.validate import validate
+
     figures = validate(rank.engine, rank.val_reader, rank.maker, rank.tokenizer, config.train)
     return (figures["image_to_text_r10"] + figures["text_to_image_r10"]) / 2
 

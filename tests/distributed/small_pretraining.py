@@ -18,8 +18,8 @@ from urbanclip_ray.model.tokenize import tokenizer_files, train_bpe
 from urbanclip_ray.model.weights import WEIGHTS_FILE
 from urbanclip_ray.schema import PAIRS, SPLITS, TILES
 from urbanclip_ray.storage import Dataset, open_dataset, publish, read_bytes
-from urbanclip_ray.train.loop import TrainSpec
 from urbanclip_ray.train.pack import pack_shards
+from urbanclip_ray.train.spec import TrainSpec
 from urbanclip_ray.train.speed import SPEEDS
 
 NUM_TILES, NUM_VAL = 42, 6

@@ -17,7 +17,7 @@ from small_pretraining import CONFIG, NUM_VAL, Result, assert_equal, make_spec, 
 from urbanclip_ray.config import ResourcesConfig, RunConfig
 from urbanclip_ray.model.weights import load_model
 from urbanclip_ray.storage import Dataset, publish
-from urbanclip_ray.train.loop import TrainSpec
+from urbanclip_ray.train.spec import TrainSpec
 
 NUM_STEPS = 9  # 36 rows, 2 epochs, 8 rows a step: the second epoch opens with rows left over from the first
 KILLED_IN_STEP = 6  # so that two checkpoints stand, of step 3 and 6, and steps 4 to 6 were taken once or twice

@@ -30,7 +30,8 @@ from urbanclip_ray.model.weights import load_model
 from urbanclip_ray.storage import Dataset, open_dataset, publish, read_bytes
 from urbanclip_ray.train.device import DEVICE_FILE
 from urbanclip_ray.train.launch import pretrain
-from urbanclip_ray.train.loop import AfterStep, Rank
+from urbanclip_ray.train.loop import Rank
+from urbanclip_ray.train.spec import AfterStep
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers need not find this file
 

@@ -21,7 +21,7 @@ from small_pretraining import ATOL, CONFIG, Result, assert_equal, make_spec, pac
 
 from urbanclip_ray.config import RunConfig
 from urbanclip_ray.storage import Dataset, exists, open_dataset, resolve
-from urbanclip_ray.train.loop import TrainSpec
+from urbanclip_ray.train.spec import TrainSpec
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(900)]
 

@@ -7,11 +7,14 @@ were trained under open_clip's legacy class mask, which is the one that `model.c
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 from urbanclip_ray.config import HUB, ConfigError, ModelConfig
-from urbanclip_ray.model.coca import CoCa
 from urbanclip_ray.model.weights import WEIGHTS_FILE, fill_model
 from urbanclip_ray.storage import READ_CHUNK_BYTES, join, read_bytes, resolve
+
+if TYPE_CHECKING:
+    from urbanclip_ray.model.coca import CoCa
 
 
 def identify_start(config: ModelConfig) -> str:

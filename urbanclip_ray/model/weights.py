@@ -9,13 +9,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import safetensors.torch
 from torch import Tensor
 
 from urbanclip_ray.config import ConfigError
-from urbanclip_ray.model.coca import CoCa
 from urbanclip_ray.model.preprocess import IMAGE_MEAN, IMAGE_STD
 from urbanclip_ray.model.tokenize import (
     TOKENIZER_CONFIG_FILE,
@@ -25,6 +24,9 @@ from urbanclip_ray.model.tokenize import (
     tokenizer_files,
 )
 from urbanclip_ray.storage import join, read_bytes
+
+if TYPE_CHECKING:
+    from urbanclip_ray.model.coca import CoCa
 
 WEIGHTS_FILE = "open_clip_model.safetensors"
 CONFIG_FILE = "open_clip_config.json"
@@ -79,6 +81,8 @@ def load_model(uri: str) -> LoadedModel:
 
 def load_model_files(files: dict[str, bytes], name: str) -> LoadedModel:
     """The model of files in memory; `name` is for error messages."""
+    from urbanclip_ray.model.coca import CoCa
+
     try:
         config: dict[str, Any] = json.loads(files[CONFIG_FILE])["model_cfg"]
         if config["text_cfg"].get("hf_model_name") or config["vision_cfg"].get("timm_model_name"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
 import torch
@@ -12,7 +12,9 @@ import torch.distributed as dist
 
 from urbanclip_ray.errors import UserError
 from urbanclip_ray.storage import Dataset, join, write_bytes
-from urbanclip_ray.train.step import StepResult
+
+if TYPE_CHECKING:
+    from urbanclip_ray.train.step import StepResult
 
 NUM_NAMED = 5  # rows in an error's message; all of them are in the file that it names
 

@@ -25,8 +25,8 @@ from urbanclip_ray.model.tokenize import TextTokenizer, open_clip_tokenizer, tok
 from urbanclip_ray.model.weights import WEIGHTS_FILE
 from urbanclip_ray.storage import Dataset, Publication, delete_folder, exists, join, list_files, resolve, write_bytes
 from urbanclip_ray.train.guards import TrainError
-from urbanclip_ray.train.loop import AfterStep, TrainSpec, train_rank
 from urbanclip_ray.train.policies import PretrainTrainer, user_error
+from urbanclip_ray.train.spec import AfterStep, TrainSpec
 from urbanclip_ray.train.worker import train_loop, train_loop_config
 
 WORKER_ENVIRONMENT = {
@@ -120,7 +120,7 @@ def _run_workers(spec: TrainSpec, config: RunConfig, publication: Publication, c
     trainer = PretrainTrainer(
         train_loop,
         worker_counts=counts,
-        train_loop_config=train_loop_config(train_rank, spec),
+        train_loop_config=train_loop_config(spec),
         torch_config=TorchConfig(timeout_s=config.train.collective_timeout_s),
         scaling_config=scaling_config(resources, counts[0] if len(counts) == 1 else (counts[0], counts[-1])),
         run_config=ray.train.RunConfig(

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from urbanclip_ray.config import RunConfig
 from urbanclip_ray.logs import say
 from urbanclip_ray.model.coca import CoCa, build_model
 from urbanclip_ray.model.parts import freeze_parts
@@ -36,27 +34,11 @@ from urbanclip_ray.train.order import Order
 from urbanclip_ray.train.precision import settle_precision
 from urbanclip_ray.train.progress import Progress
 from urbanclip_ray.train.shards import ShardReader, count_steps
+from urbanclip_ray.train.spec import TrainSpec
 from urbanclip_ray.train.speed import Speedometer
 from urbanclip_ray.train.step import take_step
 from urbanclip_ray.train.telemetry import StepMetrics
 from urbanclip_ray.train.validate import validate
-
-AfterStep = Callable[["Rank", int, int], None]  # the rank, the steps taken, all steps: called alike by all ranks
-
-
-class TrainSpec(NamedTuple):
-    """What every rank is told: the run's config, where its data is, and where results go."""
-
-    config: RunConfig
-    shards_uri: str
-    open_clip_config: dict[str, Any]
-    tokenizer_files: dict[str, bytes]
-    checkpoints_uri: str
-    tensorboard_uri: str
-    results_uri: str
-    failures_uri: str
-    after_step: AfterStep | None = None  # must leave the model, its mode and the random state as they were
-    start_uri: str = ""  # safetensors file to start from; empty: random weights
 
 
 class Rank(NamedTuple):

@@ -1,24 +1,25 @@
-"""What Ray Train's controller passes on to its workers: a pickled function, which they alone unpickle.
+"""What Ray Train's controller passes on to its workers: what they are told, pickled, which they alone unpickle.
 
-Handed the function itself, the controller would import all that this needs: three seconds in which the workers wait, and a
-quarter of a gigabyte for as long as it lives.
+Handed the loop itself and what it is told, the controller would import all that these need, and so would the driver: seconds in
+which the workers wait, and a quarter of a gigabyte for as long as they live.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import ray
+
+from urbanclip_ray.train.spec import TrainSpec
 
 PICKLED = "pickled"
 
 
-def train_loop_config(function: Any, argument: Any) -> dict[str, bytes]:
-    """The `train_loop_config` with which :func:`train_loop` calls `function(argument)`."""
-    return {PICKLED: ray.cloudpickle.dumps((function, argument))}
+def train_loop_config(spec: TrainSpec) -> dict[str, bytes]:
+    """The `train_loop_config` with which :func:`train_loop` trains a rank."""
+    return {PICKLED: ray.cloudpickle.dumps(spec)}
 
 
 def train_loop(config: dict[str, bytes]) -> None:
     """Ray Train's `train_loop_per_worker`."""
-    function, argument = ray.cloudpickle.loads(config[PICKLED])  # of this run's own driver, by way of Ray
-    function(argument)
+    from urbanclip_ray.train.loop import train_rank
+
+    train_rank(ray.cloudpickle.loads(config[PICKLED]))  # of this run's own driver, by way of Ray
