@@ -40,8 +40,9 @@ def test_a_derived_recipe_differs_only_where_it_says_so():
 
 def test_a_search_over_the_demo_begins_with_the_demo():
     base, search = (load_recipe(name).model_dump() for name in ("world_demo", "demo_search"))
-    assert {key for key in base if base[key] != search[key]} == {"run", "train", "embed", "tune"}
-    assert {key for key in base["train"] if base["train"][key] != search["train"][key]} == {"epochs", "validations"}
+    assert {key for key in base if base[key] != search[key]} == {"run", "train", "embed", "probe", "tune"}
+    for section, changed in {"train": {"epochs", "validations"}, "embed": {"views"}, "probe": {"methods"}}.items():
+        assert {key for key in base[section] if base[section][key] != search[section][key]} == changed
 
 
 def test_four_cities_differ_from_beijing_only_in_cities_and_splits():
