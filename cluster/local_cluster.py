@@ -111,7 +111,7 @@ def stop(folder: Path) -> None:
             send(pid, end)
         while marked_processes(state["mark"]) and time.monotonic() < deadline:
             time.sleep(0.2)
-    shutil.rmtree(state["sessions"], ignore_errors=True)
+    shutil.rmtree(state["sessions"], ignore_errors=True)  # Ray's logs, which a process that is ending may still write
     shutil.rmtree(folder)
 
 
@@ -132,7 +132,7 @@ def send(pid: int, end: signal.Signals) -> None:
     try:
         os.kill(pid, end)
     except ProcessLookupError:
-        return
+        return  # it has ended by itself
 
 
 def write_private(path: Path, text: str) -> None:

@@ -57,7 +57,7 @@ def _answers(uri: str) -> bool:
     try:
         urllib.request.urlopen(f"{uri}/health", timeout=2).close()
     except OSError:
-        return False
+        return False  # not up yet: the caller asks again until its deadline
     return True
 
 

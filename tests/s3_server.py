@@ -137,7 +137,7 @@ class S3Server:
         for name in ("client.rgw", "osd.0", "mon.a"):
             self._kill(name)
         if (self.folder / "ceph.conf").exists():  # it is a folder of ours
-            shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(self.folder, ignore_errors=True)  # a daemon that is ending may still write there
 
     def add_user(self, name: str) -> Keys:
         """A new user, with keys that the server makes."""

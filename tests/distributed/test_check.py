@@ -154,8 +154,18 @@ def test_a_cluster_that_asks_for_a_token_says_so(city, tmp_path):
     right, wrong = secrets.token_hex(32), secrets.token_hex(32)
     home = {"HOME": str(tmp_path)}  # where nobody's token lies
     with several_nodes(1, clean_environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=right, **home)) as found:
-        fine = run_pipeline(city, "--check", "--set", "resources.num_workers=1", "--set", "train.micro_batch_size=16",
-                            RAY_ADDRESS=found, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=right, **home)  # fmt: skip
+        fine = run_pipeline(
+            city,
+            "--check",
+            "--set",
+            "resources.num_workers=1",
+            "--set",
+            "train.micro_batch_size=16",
+            RAY_ADDRESS=found,
+            RAY_AUTH_MODE="token",
+            RAY_AUTH_TOKEN=right,
+            **home,
+        )
         assert fine.returncode == 0, fine.stdout + fine.stderr
         for credentials in ({}, {"RAY_AUTH_MODE": "token"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": wrong}):
             result = run_pipeline(city, RAY_ADDRESS=found, **credentials, **home)

@@ -8,7 +8,7 @@ one seed from the same weights and rows in the same order, judged on King County
 validation. It is no `jobs/tune.py`: that judges by tiles of the run itself, and RSICD's have no labels.
 
 Finished datasets are kept, so the same command goes on; loss_weights.json and .md beside this file hold what is finished, and
-loss_weights.html in the storage is the plot.
+loss_weights.html in the storage is the plot, of which loss_weights.png is a picture.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from urbanclip_ray import run_stages
 from urbanclip_ray.ablations import change
 from urbanclip_ray.experiment import seeded
 from urbanclip_ray.places import weights_folder
-from urbanclip_ray.storage import read_bytes
+from urbanclip_ray.storage import join, read_bytes, write_bytes
 from urbanclip_ray.terminal import counted
 
 OUTPUT = Path(__file__).with_suffix(".json")
@@ -99,8 +99,8 @@ def main() -> None:
     add_seeds_and_changes(parser, str(OUTPUT))
     options = parser.parse_args()
     train_and_probe(options, train_all, COMPARED, found_table)
-    page = Path(options.storage) / "loss_weights.html"
-    plot(json.loads(Path(options.output).read_text())).write_html(page)
+    page = join(options.storage, "loss_weights.html")
+    write_bytes(page, plot(json.loads(Path(options.output).read_text())).to_html().encode())
     print(f"plot: {page}")
 
 

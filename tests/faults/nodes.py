@@ -39,7 +39,7 @@ class Nodes:
         """End the head and all other nodes at once, as when their machines are gone."""
         processes = [psutil.Process(self._process.pid), *psutil.Process(self._process.pid).children(recursive=True)]
         for process in processes:
-            with suppress(psutil.NoSuchProcess):
+            with suppress(psutil.NoSuchProcess):  # it died with its parent
                 process.kill()
         psutil.wait_procs(processes[1:], timeout=10)
 

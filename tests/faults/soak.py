@@ -116,7 +116,7 @@ def kill_one(titles: Sequence[str], soak: Soak) -> bool:
         try:
             line = " ".join(process.cmdline())
         except psutil.Error:
-            continue
+            continue  # it ended while it was looked at
         if any(title in line for title in titles):
             found.append(process)
     if not found:

@@ -109,7 +109,7 @@ def test_a_full_disk_ends_the_run_with_the_fix_and_it_goes_on_when_there_is_spac
                     while file.write(bytes(1 << 16)):
                         pass
                 except OSError:
-                    return
+                    return  # the disk is full
 
     with pytest.raises(TrainError, match="the disk is full: free space or set --storage to another place"):
         run.run(fill)

@@ -98,7 +98,7 @@ def watched(tmp_path_factory) -> Iterator[Watched]:
         finally:
             ray.stdin.close()
             ray.wait(timeout=60)
-            shutil.rmtree(sessions, ignore_errors=True)
+            shutil.rmtree(sessions, ignore_errors=True)  # a process that is ending may still write there
 
 
 def records(watched: Watched) -> list[dict[str, Any]]:

@@ -109,7 +109,7 @@ def test_what_a_stopped_trial_held_is_free_within_ten_seconds(ended):
 
 def test_a_search_by_optuna_and_retrieval_ends_with_the_samples_that_it_may_see(tmp_path, ray_cluster):
     """160 samples of the first trial and 64 of the second are what it may: a third one is never started."""
-    pytest.importorskip("optuna")
+    pytest.importorskip("optuna", reason="the extra `search` is not installed")
     options = city_options(write_city(tmp_path / "city"), tmp_path / "storage")
     items = [item for flag, item in itertools.pairwise(options) if flag == "--set"]
     settings = [

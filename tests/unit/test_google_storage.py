@@ -85,7 +85,7 @@ def test_a_training_finds_its_checkpoints_newest_first():
 
 def test_a_failed_stage_leaves_no_file():
     uri = "gs://tiles/runs/failed"
-    with pytest.raises(AssertionError, match="2 tiles in"), publish(uri, "tiles", {}, {}) as publication:  # noqa: PT012
+    with pytest.raises(AssertionError, match="2 tiles in"), publish(uri, "tiles", {}, {}) as publication:  # noqa: PT012 the end of the block raises
         publication.write_table(ROWS)
         publication.count(unit="tiles", rows_in=2, rows_out=1, rejects={})
     assert not exists(uri) or list_files(uri) == []

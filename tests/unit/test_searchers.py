@@ -15,7 +15,7 @@ from urbanclip_ray.recipes import load_recipe
 from urbanclip_ray.searchers import PLAN_FOLDER, TrialSearcher
 from urbanclip_ray.storage import StorageError
 
-pytest.importorskip("optuna")
+pytest.importorskip("optuna", reason="the extra `search` is not installed")
 
 SPACE = {"train.lr": {"loguniform": [1e-5, 1e-1]}, "train.text_mode": {"choice": ["sentence", "paragraph"]}}
 CONFIG = apply_overrides(

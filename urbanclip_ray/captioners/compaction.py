@@ -119,7 +119,7 @@ def _damaged_files(folder: PartsFolder) -> Iterator[Leftover]:
         try:
             folder.read_part(part.name, ["caption_key", "text"])
         except FileNotFoundError:
-            continue
+            continue  # compacted into another part since the folder was listed
         except StorageError:
             reason = "damaged, nothing is deleted for it: remove it by hand, and its captions are generated again"
             yield Leftover(join(folder.uri, part.name), reason, is_damaged=True)

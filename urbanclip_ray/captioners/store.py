@@ -190,7 +190,7 @@ class PartsFolder:
         try:
             return self.read_part(name, columns)
         except FileNotFoundError:
-            return None
+            return None  # compacted meanwhile: the caller lists the parts again
 
     def read_part(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """One file; raises FileNotFoundError, and DamagedError where it is not what was written."""

@@ -128,7 +128,7 @@ def prefetch(items: Iterable[T], depth: int = 1) -> Iterator[T]:
                 ready.put(item, timeout=0.5)
                 break
             except queue.Full:
-                continue
+                continue  # the step takes its time: look whether it is still wanted
 
     def fill() -> None:
         try:

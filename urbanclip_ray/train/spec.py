@@ -1,4 +1,7 @@
-"""What a driver tells the ranks of a pretraining. It needs none of what they import, and a search's trials each have one."""
+"""What a driver tells the ranks of a pretraining, in a module that imports nothing of what ranks train with.
+
+Every trial of a search has a driver of its own, and what that imports is part of the trial's time.
+"""
 
 from __future__ import annotations
 

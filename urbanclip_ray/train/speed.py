@@ -71,7 +71,7 @@ class Speedometer:
             try:
                 step = next(iterator)
             except StopIteration:
-                return
+                return  # which a generator must not let through
             self._waited_s = time.perf_counter() - start
             self._waited_in_all_s += self._waited_s
             yield step

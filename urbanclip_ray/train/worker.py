@@ -1,7 +1,7 @@
 """What Ray Train's controller passes on to its workers: what they are told, pickled, which they alone unpickle.
 
-Handed the loop itself and what it is told, the controller would import all that these need, and so would the driver: seconds in
-which the workers wait, and a quarter of a gigabyte for as long as they live.
+Handed the loop itself and what it is told, the controller would import all that these need: seconds in which the workers wait,
+and a quarter of a gigabyte for as long as it lives. The driver does without the loop, too (see `train.spec`).
 """
 
 from __future__ import annotations

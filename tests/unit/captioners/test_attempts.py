@@ -57,7 +57,7 @@ def live_on(uri, captioner: Counting, names=NAMES, job: str = "j") -> tuple[list
         try:
             return stored(uri, captioner, job).describe(tiles(*names)), deaths
         except Death:
-            continue
+            continue  # the next process
     raise AssertionError("it dies for ever")
 
 

@@ -67,10 +67,24 @@ def test_metrics_by_hand() -> None:
     assert entry(scores, metric="r2")["mean"] == pytest.approx(1 - 6 / 14)
     assert entry(scores, metric="rmse")["mean"] == pytest.approx(np.sqrt(1.5))
     assert entry(scores, metric="mae") == {
-        "indicator": "carbon", "method": "pretrained", "split": "blocks", "metric": "mae", "space": "log1p",
-        "mean": 1.0, "std": 0.0, "low": None, "high": None, "low_tiles": 0.25, "high_tiles": 1.75,
-        "unit": "tile", "num_units": 4, "seeds": 1, "num_folds": 1, "num_test": 4, "transductive": False,
-    }  # fmt: skip
+        "indicator": "carbon",
+        "method": "pretrained",
+        "split": "blocks",
+        "metric": "mae",
+        "space": "log1p",
+        "mean": 1.0,
+        "std": 0.0,
+        "low": None,
+        "high": None,
+        "low_tiles": 0.25,
+        "high_tiles": 1.75,
+        "unit": "tile",
+        "num_units": 4,
+        "seeds": 1,
+        "num_folds": 1,
+        "num_test": 4,
+        "transductive": False,
+    }
 
 
 def test_mean_and_deviation_are_over_draws_and_agree_with_sklearn() -> None:

@@ -169,6 +169,8 @@ def test_the_front_is_of_trials_that_no_cheaper_one_is_better_than():
     figure = score_against_cost(trials, [300, 100, 200, 300], "rows", score_range([0.1, 0.35]))
     front = figure["data"][0]
     assert list(zip(front["x"], front["y"], strict=True)) == [(100, 0.2), (300, 0.35)]
+    low, high = figure["layout"]["yaxis"]["range"]
+    assert high - 0.35 > 0.1 * (0.35 - low)  # room for the number above the best
 
 
 def test_one_failed_fit_does_not_squeeze_the_others():

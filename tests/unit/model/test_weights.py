@@ -166,8 +166,9 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_is_unpickled(made, fold
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"{", b"\xff\xfe", b"[]", b"{}", b'{"model_cfg": {"embed_dim": 8}}', b'{"model_cfg": 3}'],
-)  # fmt: skip
+    "data",
+    [b"", b"{", b"\xff\xfe", b"[]", b"{}", b'{"model_cfg": {"embed_dim": 8}}', b'{"model_cfg": 3}'],
+)
 def test_a_config_that_is_none_is_refused_by_name(folder, data):
     (folder / CONFIG_FILE).write_bytes(data)
     with pytest.raises(UserError, match=f"{folder.name}.*{CONFIG_FILE}"):

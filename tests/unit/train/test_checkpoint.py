@@ -139,7 +139,7 @@ def commit_anew(folder: Path) -> None:
         try:
             said = json.loads(index.read_bytes())
         except (ValueError, RecursionError):
-            continue
+            continue  # spoiled on purpose, so nothing can be written into it
         if isinstance(said, dict) and "keeps its sums" not in said:
             said["tensors"] = entry(index.name.replace(".json", ".safetensors"))
         index.write_text(json.dumps(said))
