@@ -17,7 +17,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, BinaryIO
 
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 from pydantic import ValidationError
 
@@ -298,6 +297,8 @@ class Publication:
 
     def read_batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
         """The same in pieces, some of which are read ahead."""
+        import pyarrow.dataset as ds  # here: it imports pandas, for which nobody waits who only asks for --help
+
         filesystem, _ = resolve(self.uri)
         with explained(self.uri):
             yield from ds.dataset(self._parquet_paths(), format="parquet", filesystem=filesystem).to_batches(columns=columns)

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
 NOT_STAGES = ("caption_store", "check_storage", "verify_gpu", "leak", "report", "search", "experiment", "export")
 STAGE_JOBS = [job for job in JOBS if job.stem not in NOT_STAGES]
-HELP_LIMIT_S = 1.5
+SLOW_LIBRARIES = {"torch", "ray", "pandas", "scipy", "sklearn", "transformers", "deepspeed", "open_clip", "rasterio", "plotly"}
 MAX_LINES = 60
 
 
@@ -30,16 +29,21 @@ def start(job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_help_is_quick_and_shows_recipes_and_keys():
-    times_s = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        result = start("pretrain.py", "--help")
-        times_s.append(time.perf_counter() - begin)
-        assert result.returncode == 0
+def test_help_shows_recipes_and_keys():
+    result = start("pretrain.py", "--help")
+    assert result.returncode == 0
     for word in (*RECIPES, "train.lr=0.001", "train.micro_batch_size=", "resources.num_workers=2", "example: python jobs/"):
         assert word in result.stdout
-    assert min(times_s) < HELP_LIMIT_S  # the best of three: a busy machine is no slower program
+
+
+def test_help_waits_for_no_slow_library():
+    """What makes `--help` take long is what it imports; a clock would tell of this machine and its other work too."""
+    command = [sys.executable, "-X", "importtime", str(ROOT / "jobs" / "pretrain.py"), "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in result.stderr.splitlines()}
+    assert "pyarrow" in imported  # the list is read right
+    assert imported.isdisjoint(SLOW_LIBRARIES)
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.stem)
