@@ -7,9 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from types import MappingProxyType
 from typing import Any, NamedTuple
+
+from local_server import serve_http
 
 
 class Request(NamedTuple):
@@ -89,13 +91,5 @@ def serve(answer: Callable[[int, Request], Answer]) -> Iterator[Endpoint]:
         def log_message(self, *_: Any) -> None:
             """The requests are kept; a log is not wanted."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    try:
-        yield Endpoint(f"http://127.0.0.1:{server.server_address[1]}/v1", requests)
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with serve_http(Handler) as url:
+        yield Endpoint(f"{url}/v1", requests)

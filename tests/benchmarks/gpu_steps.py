@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import os
 import sys
 import time
@@ -23,8 +22,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from large_steps import CONTEXT, released_captions
-from torch.nn import functional as F
+from large_steps import released_captions
+from released_loop import CONTEXT, released_step
 
 from urbanclip_ray.config import ModelConfig, TrainConfig
 from urbanclip_ray.model.architectures import open_clip_config
@@ -110,34 +109,13 @@ def run_ours(architecture: str, rows: int, precision: str) -> dict[str, float]:
 
 
 def run_released(rows: int, precision: str) -> dict[str, float]:
-    """The released loop on open_clip's CoCa: texts of 76 tokens, AdamW, the temperature kept under 100."""
-    from open_clip.coca_model import CoCa as OpenClipCoCa
-
-    ours = make_model("coca_ViT-B-32")
-    settings = {key: value for key, value in ours.config.items() if key != "custom_text"}
-    model = OpenClipCoCa(**settings, nonscalar_logit_scale=True)
-    model.load_state_dict(ours.inner.state_dict())
-    model.to(CUDA)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-5, weight_decay=0.01)
+    released = released_step(make_model("coca_ViT-B-32"), precision, CUDA)
     batches = make_batches(rows)
     losses = []
 
     def step(number: int) -> None:
         batch = batches[number % NUM_BATCHES]
-        images = normalise(batch.images.to(CUDA))
-        tokens = F.pad(batch.tokens, (0, CONTEXT - batch.tokens.shape[1])).to(CUDA)
-        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
-            output = model(images, tokens)
-            logits = output["logit_scale"] * output["image_features"] @ output["text_features"].T
-            own = torch.arange(len(images), device=CUDA)
-            contrastive = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-            loss = contrastive + F.cross_entropy(output["logits"].permute(0, 2, 1), output["labels"], ignore_index=0)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, math.log(100))
-        losses.append(loss.item())
+        losses.append(released(normalise(batch.images.to(CUDA)), batch.tokens.to(CUDA)))
 
     torch.cuda.reset_peak_memory_stats()
     seconds = seconds_per_step(step)

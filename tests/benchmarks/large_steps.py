@@ -1,14 +1,12 @@
-"""Optimizer steps of coca_ViT-B-32 on the paper's released captions: ours, and the released code's loop written anew.
+"""Optimizer steps of coca_ViT-B-32 on the paper's released captions: ours, and the released code's (`released_loop.py`).
 
-The released loop (arXiv 2310.18340): open_clip's CoCa, texts padded to 76 tokens, CLIP's loss and the caption loss with equal
-weights, AdamW; nothing is clipped, the temperature is kept from rising above 100. Every run is a process of its own, as two
-such models and their optimizers do not fit side by side: `run_child` starts it, and this file is its program.
+Every run is a process of its own, as two such models and their optimizers do not fit side by side: `run_child` starts it, and
+this file is its program.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -18,7 +16,6 @@ from typing import Any
 
 BATCH, NUM_BATCHES = 16, 3
 NUM_THREADS = os.cpu_count() or 1
-CONTEXT = 76
 PEAK_SIDE = 2048
 DATA = Path(os.environ.get("URBANCLIP_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data")) / "urbanclip"
 
@@ -50,6 +47,7 @@ def released_captions(count: int) -> list[str]:
 def make_batches() -> list[tuple[Any, Any]]:
     """Pixels uint8 [rows, px, px, 3] and token ids trimmed to the batch's longest text."""
     import torch
+    from released_loop import CONTEXT
 
     from urbanclip_ray.model.tokenize import open_clip_tokenizer
 
@@ -112,33 +110,13 @@ def run_ours(precision: str) -> dict[str, float]:
 
 def run_theirs(precision: str) -> dict[str, float]:
     import torch
-    from open_clip.coca_model import CoCa
-    from torch.nn import functional as F
+    from released_loop import released_step
 
     from urbanclip_ray.model.preprocess import normalise
 
     torch.set_num_threads(NUM_THREADS)
-    ours = make_model()
-    model = CoCa(**{key: value for key, value in ours.config.items() if key != "custom_text"}, nonscalar_logit_scale=True)
-    model.load_state_dict(ours.inner.state_dict())
-    del ours
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-5, weight_decay=0.01)
-    batches = [(normalise(pixels), F.pad(tokens, (0, CONTEXT - tokens.shape[1]))) for pixels, tokens in make_batches()]
-
-    def step(images: Any, tokens: Any) -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            output = model(images, tokens)
-            logits = output["logit_scale"] * output["image_features"] @ output["text_features"].T
-            own = torch.arange(len(images))
-            contrastive = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-            loss = contrastive + F.cross_entropy(output["logits"].permute(0, 2, 1), output["labels"], ignore_index=0)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, math.log(100))
-        return loss.item()
-
+    step = released_step(make_model(), precision, torch.device("cpu"))
+    batches = [(normalise(pixels), tokens) for pixels, tokens in make_batches()]
     first_loss = step(*batches[0])
     start = time.perf_counter()
     for batch in batches:

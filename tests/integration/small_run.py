@@ -37,9 +37,14 @@ def write_city(folder: Path, num_columns: int = NUM_COLUMNS, num_rows: int = NUM
     return folder
 
 
+def set_options(*items: str) -> list[str]:
+    """`--set` before every KEY=VALUE."""
+    return [part for item in items for part in ("--set", item)]
+
+
 def city_options(folder: Path | str, storage: Path | str) -> list[str]:
-    options = [f"source.uri={folder}", "source.metadata=tiles.csv"]
-    return ["--recipe", "tiny_test", "--storage", str(storage), *(part for item in options for part in ("--set", item))]
+    source = set_options(f"source.uri={folder}", "source.metadata=tiles.csv")
+    return ["--recipe", "tiny_test", "--storage", str(storage), *source]
 
 
 def run_job(name: str, *options: str, ray_address: str | None = None) -> subprocess.CompletedProcess[str]:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import ray
-from small_run import NUM_COLUMNS, NUM_ROWS, city_options, run_job, stdout_of, write_city
+from small_run import NUM_COLUMNS, NUM_ROWS, city_options, run_job, set_options, stdout_of, write_city
 
 NUM_TILES = NUM_COLUMNS * NUM_ROWS
 
@@ -24,7 +24,7 @@ def test_plan_preview_captions_and_a_second_run(kind, vision_language_models, tm
         "decoding.max_new_tokens": 6,
         "tiles_per_batch": 8,
     }
-    model = [part for key, value in keys.items() for part in ("--set", f"caption.{key}={value}")]
+    model = set_options(*(f"caption.{key}={value}" for key, value in keys.items()))
 
     def job(name: str, *more: str) -> str:
         return stdout_of(name, *options, *model, *more, ray_address=address)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from small_run import NUM_COLUMNS, NUM_ROWS, city_options, stdout_of, write_city
+from small_run import NUM_COLUMNS, NUM_ROWS, city_options, set_options, stdout_of, write_city
 
 NUM_TILES = NUM_COLUMNS * NUM_ROWS
 START_TIMEOUT_S = 300
@@ -71,7 +71,7 @@ def test_a_served_model_describes_all_tiles_and_a_second_run_asks_it_nothing(ser
         "concurrent_requests": 2,
         "num_actors": 1,
     }
-    asked = [part for key, value in keys.items() for part in ("--set", f"caption.{key}={value}")]
+    asked = set_options(*(f"caption.{key}={value}" for key, value in keys.items()))
 
     def job(name: str, *more: str) -> str:
         return stdout_of(name, *options, *asked, *more, ray_address=address)

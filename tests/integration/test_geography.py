@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from geotiffs import LEFT, TOP, write_geotiff
 from PIL import Image
-from small_run import run_job
+from small_run import run_job, set_options
 
 from urbanclip_ray.filesystems import STORES_VARIABLE
 from urbanclip_ray.storage import Dataset, find_dataset, open_dataset
@@ -39,8 +39,7 @@ def options_of(place: str, storage: Path, *items: str) -> list[str]:
     """The scene and the people below a folder or URI."""
     labels = f"labels.rasters={{people: {{uri: {place}/people.tif, operation: sum}}}}"
     scene = ["source.kind=scene", f"source.uri={place}/scenes", f"source.tile_px={TILE_PX}", "source.value_range=[0, 6000]"]
-    changes = (part for item in (*scene, labels, *items) for part in ("--set", item))
-    return ["--recipe", "tiny_test", "--storage", str(storage), *changes]
+    return ["--recipe", "tiny_test", "--storage", str(storage), *set_options(*scene, labels, *items)]
 
 
 def datasets(storage: Path, stage: str) -> list[Dataset]:

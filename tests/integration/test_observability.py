@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from prometheus import WITHOUT, Prometheus, queries, scraping
-from small_run import ROOT, city_options, write_city
+from small_run import ROOT, city_options, set_options, write_city
 
 from urbanclip_ray.metrics import CAPTION_FAILURES, METRICS
 
@@ -79,7 +79,7 @@ def watched(tmp_path_factory) -> Iterator[Watched]:
         "train.checkpoint_every_steps": 4,
     }
     options = city_options(write_city(folder / "city"), folder / "storage")
-    options += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    options += set_options(*(f"{key}={value}" for key, value in settings.items()))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # another cluster's
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     command = [sys.executable, "-c", RAY, str(sessions), str(folder / "dark")]

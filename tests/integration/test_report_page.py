@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from opened_page import Opened, open_page
 from report_data import HOSTILE, HOSTILE_TILE, INDICATORS, MEANS, make_run, make_scores, paired, world_config
 
 from urbanclip_ray.evaluate.compare import compare_runs
@@ -24,15 +25,6 @@ NUM_TILES = 40
 TIMEOUT_MS = 30_000
 
 
-class Opened(NamedTuple):
-    """A page that has drawn its first view, and what it asked for and complained of meanwhile."""
-
-    page: Any
-    requests: list[str]
-    complaints: list[str]
-    dialogs: list[str]
-
-
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> str:
     root = tmp_path_factory.mktemp("report")
@@ -45,18 +37,8 @@ def report(tmp_path_factory) -> str:
 
 @pytest.fixture(params=[("light", 1280), ("dark", 390)], ids=["light and wide", "dark and narrow"])
 def opened(request, report, browser) -> Iterator[Opened]:
-    scheme, width = request.param
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
-    page = context.new_page()
-    found = Opened(page, [], [], [])
-    page.on("request", lambda request: found.requests.append(request.url.split(":", 1)[0]))
-    page.on("console", lambda message: found.complaints.append(f"{message.type}: {message.text}"))
-    page.on("pageerror", lambda error: found.complaints.append(str(error)))
-    page.on("dialog", lambda dialog: (found.dialogs.append(dialog.message), dialog.dismiss()))
-    page.goto(f"file://{report}")
-    page.wait_for_selector("html[data-drawn]", timeout=TIMEOUT_MS)
-    yield found
-    context.close()
+    with open_page(browser, report, *request.param, TIMEOUT_MS) as found:
+        yield found
 
 
 def scroll_to(page: Any, selector: str) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import ray
 import safetensors.torch
-from small_run import ROOT, city_options, run_job, write_city
+from small_run import ROOT, city_options, run_job, set_options, write_city
 
 from urbanclip_ray.config import TuneConfig
 from urbanclip_ray.model.weights import WEIGHTS_FILE, load_model
@@ -91,7 +91,7 @@ def start_and_kill(options: list[str], run: Path, address: str, log: Path) -> di
 def search(tmp_path_factory, ray_cluster) -> Search:
     root = tmp_path_factory.mktemp("search")
     options = city_options(write_city(root / "city"), root / "storage")
-    options += [part for item in SETTINGS for part in ("--set", item)]
+    options += set_options(*SETTINGS)
     address = ray.get_runtime_context().gcs_address
     run = root / "storage" / "tiny_test"
     kept = start_and_kill(options, run, address, root / "killed.log")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from opened_page import Opened, open_page
 from report_data import HOSTILE
 from search_data import demo_trials, publish_search, result_of
 
@@ -16,15 +17,6 @@ pytestmark = pytest.mark.slow
 TIMEOUT_MS = 60_000
 NUM_TRIALS = 12
 FADED, SHOWN = 0.12, 1
-
-
-class Opened(NamedTuple):
-    """A page whose plots are drawn, and what it asked for and complained of meanwhile."""
-
-    page: Any
-    requests: list[str]
-    complaints: list[str]
-    dialogs: list[str]
 
 
 @pytest.fixture(scope="module")
@@ -42,23 +34,13 @@ def search_page(tmp_path_factory) -> str:
 
 @pytest.fixture(params=[("light", 1280), ("dark", 390)], ids=["light and wide", "dark and narrow"])
 def opened(request, search_page, browser) -> Iterator[Opened]:
-    scheme, width = request.param
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
-    page = context.new_page()
-    found = Opened(page, [], [], [])
-    page.on("request", lambda request: found.requests.append(request.url.split(":", 1)[0]))
-    page.on("console", lambda message: found.complaints.append(f"{message.type}: {message.text}"))
-    page.on("pageerror", lambda error: found.complaints.append(str(error)))
-    page.on("dialog", lambda dialog: (found.dialogs.append(dialog.message), dialog.dismiss()))
-    page.goto(f"file://{search_page}")
-    page.wait_for_selector("html[data-drawn]", timeout=TIMEOUT_MS)
-    for place in page.locator(".plot").all():
-        place.scroll_into_view_if_needed()
-    page.wait_for_function(
-        "[...document.querySelectorAll('.plot')].every((place) => place.dataset.drawn === 'yes')", timeout=TIMEOUT_MS
-    )
-    yield found
-    context.close()
+    with open_page(browser, search_page, *request.param, TIMEOUT_MS) as found:
+        for place in found.page.locator(".plot").all():
+            place.scroll_into_view_if_needed()
+        found.page.wait_for_function(
+            "[...document.querySelectorAll('.plot')].every((place) => place.dataset.drawn === 'yes')", timeout=TIMEOUT_MS
+        )
+        yield found
 
 
 def opacities(page: Any, figure: str) -> dict[str, float]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import mlflow
 import pytest
 from mlflow_server import find_server, start_server
-from small_run import ROOT, city_options, stdout_of, write_city
+from small_run import ROOT, city_options, set_options, stdout_of, write_city
 
 from urbanclip_ray.filesystems import STORES_VARIABLE
 from urbanclip_ray.storage import join, list_folders, open_dataset, read_bytes
@@ -72,7 +72,7 @@ def s3(s3_server) -> Iterator[dict[str, str]]:
 def watched(tmp_path_factory, s3, mlflow_server) -> Watched:
     root = tmp_path_factory.mktemp("watched")
     options = city_options(write_city(root / "city"), f"s3://{BUCKET}/runs")
-    options += [part for item in (*SETTINGS, f"tune.tracking.mlflow={mlflow_server}") for part in ("--set", item)]
+    options += set_options(*SETTINGS, f"tune.tracking.mlflow={mlflow_server}")
     run, meanwhile = f"s3://{BUCKET}/runs/tiny_test", {}
     command = [sys.executable, str(ROOT / "jobs" / "tune.py"), *options]
     log = root / "search.log"

@@ -10,11 +10,10 @@ import shutil
 import struct
 import subprocess
 import sys
-import threading
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ import safetensors.torch
 import torch
 from geotiffs import LEFT, TOP
 from images import noise_png
+from local_server import serve_http
 from markupsafe import escape
 from PIL import Image
 from rich.table import Table
@@ -89,16 +89,8 @@ def serve(status: int, headers: dict[str, str]) -> Iterator[Server]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    try:
-        yield Server(f"http://127.0.0.1:{server.server_port}", asked)
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with serve_http(Handler) as url:
+        yield Server(url, asked)
 
 
 STORAGE_CALLS: dict[str, Callable[[str], Any]] = {
