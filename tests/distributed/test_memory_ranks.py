@@ -43,6 +43,7 @@ def count_bytes(tensors: list[torch.Tensor]) -> int:
     return sum(value.numel() * value.element_size() for value in tensors)
 
 
+@pytest.mark.slow
 def test_weights_and_optimizer_take_what_was_said():
     model = small_model()
     num_parameters = sum(value.numel() for value in model.parameters())

@@ -58,6 +58,7 @@ def publish_shards(uri: str) -> Dataset:
     return open_dataset(uri)
 
 
+@pytest.mark.slow
 def test_training_begins_at_the_given_weights_and_records_them(tmp_path, ray_cluster):
     model = ModelConfig(architecture=ARCHITECTURE, tokenizer="open_clip", pretrained=str(tmp_path / "start.safetensors"))
     begin = build_model(open_clip_config(model, None), seed=7)

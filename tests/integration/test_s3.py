@@ -438,6 +438,7 @@ def test_a_damaged_checkpoint_on_object_storage_is_named_and_the_one_before_is_u
     assert warnings == [f"{damaged} is damaged: its checksum is not the committed one; trying the checkpoint before it"]
 
 
+@pytest.mark.slow
 def test_a_process_killed_in_the_middle_of_an_upload_leaves_nothing_that_is_loaded(s3_server, owner, tmp_path):
     root, client = f"s3://{BUCKET}/checkpoints/killed", s3_server.client(owner)
     process = multiprocessing.get_context("spawn").Process(target=write_large_alone, args=(root, [1, 2], str(tmp_path)))

@@ -65,10 +65,15 @@ def refine(datasets, weights, uri, **consistency):
     return open_dataset(uri)
 
 
-def test_scores_are_the_model_s_cosines_and_are_kept_with_the_pairs(datasets, weights, tmp_path, ray_cluster):
-    table = refine(datasets, weights, str(tmp_path / "pairs")).read()
-    assert table.schema.equals(SCORED_PAIRS)
-    rows = {row["tile_id"]: row for row in table.to_pylist()}
+@pytest.fixture(scope="module")
+def scored(datasets, weights, tmp_path_factory, ray_cluster):
+    """Every sentence with its score, none rejected for it."""
+    return refine(datasets, weights, str(tmp_path_factory.mktemp("scored") / "pairs")).read()
+
+
+def test_scores_are_the_model_s_cosines_and_are_kept_with_the_pairs(scored, weights):
+    assert scored.schema.equals(SCORED_PAIRS)
+    rows = {row["tile_id"]: row for row in scored.to_pylist()}
     model = load_image_text(weights)
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(noise_png(at)))) for at in range(3)])
     with torch.inference_mode():
@@ -80,8 +85,8 @@ def test_scores_are_the_model_s_cosines_and_are_kept_with_the_pairs(datasets, we
     assert rows["a/1"]["rejected_scores"] == [None]
 
 
-def test_the_best_of_every_region_are_kept_and_all_are_accounted_for(datasets, weights, tmp_path, ray_cluster):
-    everything = refine(datasets, weights, str(tmp_path / "all")).read().to_pylist()
+def test_the_best_of_every_region_are_kept_and_all_are_accounted_for(scored, datasets, weights, tmp_path):
+    everything = scored.to_pylist()
     scores = sorted((score for row in everything if row["tile_id"][0] == "a" for score in row["scores"]), reverse=True)
     dataset = refine(datasets, weights, str(tmp_path / "some"), top_share=0.5)
     rows = {row["tile_id"]: row for row in dataset.read().to_pylist()}
@@ -94,6 +99,7 @@ def test_the_best_of_every_region_are_kept_and_all_are_accounted_for(datasets, w
     assert dataset.manifest.facts["consistency"]["least_score_kept"]["a"] == pytest.approx(scores[1])
 
 
+@pytest.mark.slow
 def test_a_threshold_rejects_in_every_region(datasets, weights, tmp_path, ray_cluster):
     dataset = refine(datasets, weights, str(tmp_path / "none"), min_score=1.0)
     assert dataset.manifest.rejects[LOW_CONSISTENCY] == 4

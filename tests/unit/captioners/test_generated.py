@@ -139,6 +139,7 @@ def test_a_model_describes_what_the_source_gives_no_caption_of(tiles, vision_lan
     assert page.count(", blip</div>") == 3
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_loaded_stops_the_stage_whatever_share_of_errors_is_allowed(tiles, tmp_path):
     folder = tmp_path / "unknown"
     folder.mkdir()

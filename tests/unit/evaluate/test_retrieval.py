@@ -129,6 +129,7 @@ def test_both_held_out_parts_are_judged_against_all_their_own_texts(text_mode, w
     assert dataset.manifest.rows_in == dataset.manifest.rows_out == sum(result["num_texts"] for result in found)
 
 
+@pytest.mark.slow
 def test_a_part_without_tiles_is_left_out(weights, vectors, tmp_path, ray_cluster):
     parts = {name: "test" if part == "val" else part for name, part in PARTS.items()}
     dataset = measure(str(tmp_path), weights, vectors, parts)
