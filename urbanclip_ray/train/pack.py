@@ -48,8 +48,9 @@ def pack_shards(
     packed, *others = (_attach(dataset, _rows_from(rows, origin)) for origin, dataset in enumerate(images))
     if others:
         packed = packed.union(*others)
-    num_files = -(-rows.num_rows // config.rows_per_file)
-    packed = packed.repartition(num_files).sort("row_id").repartition(target_num_rows_per_block=config.rows_per_file)
+    # Training goes through rows file by file: with bounds that Ray samples, the same seed would be another order every time.
+    bounds = list(range(config.rows_per_file, rows.num_rows, config.rows_per_file)) or [rows.num_rows]
+    packed = packed.sort("row_id", boundaries=bounds)
     dataflow.write(packed, publication, max_rows_per_file=config.rows_per_file)
     _count(publication, tiles, rows, outer_parts(splits, outer, transductive), borrowed)
 
