@@ -109,6 +109,7 @@ def run_ours(architecture: str, rows: int, precision: str) -> dict[str, float]:
 
 
 def run_released(rows: int, precision: str) -> dict[str, float]:
+    """The peer, from the same weights and on the same batches."""
     released = released_step(make_model("coca_ViT-B-32"), precision, CUDA)
     batches = make_batches(rows)
     losses = []

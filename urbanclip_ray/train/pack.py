@@ -49,7 +49,7 @@ def pack_shards(
     if others:
         packed = packed.union(*others)
     # Training goes through rows file by file: with bounds that Ray samples, the same seed would be another order every time.
-    bounds = list(range(config.rows_per_file, rows.num_rows, config.rows_per_file)) or [rows.num_rows]
+    bounds = list(range(config.rows_per_file, rows.num_rows, config.rows_per_file)) or [rows.num_rows]  # none: Ray samples
     packed = packed.sort("row_id", boundaries=bounds)
     dataflow.write(packed, publication, max_rows_per_file=config.rows_per_file)
     _count(publication, tiles, rows, outer_parts(splits, outer, transductive), borrowed)
