@@ -34,12 +34,12 @@ COMPARED = [("bootstrapped", "teacher"), ("bootstrapped", "unfiltered")]
 
 
 def student(of: Run, seed: int, options: argparse.Namespace) -> RunConfig:
-    """King County's tiles, and the model and training of the run that describes them."""
+    """King County's tiles, and the model, training and resources of the run that describes them."""
     tiles = apply_overrides(
         load_recipe("kingcounty_probe"),
         ["run=bootstrapping", f"source.uri={options.kingcounty}", f"storage={options.storage}"],
     )
-    base = tiles.model_copy(update={"model": of.config.model, "train": of.config.train})
+    base = tiles.model_copy(update={key: getattr(of.config, key) for key in ("model", "train", "resources")})
     config = bootstrap_from(seeded(base, seed), of.datasets["pretrain"].uri)  # and not the run, which holds several seeds
     return change(config, {"pack": {"also": (of.datasets["shards"].uri,)}})
 
