@@ -16,7 +16,7 @@ def measure() -> list[Figure]:
     ours, peak = (statistics.median(run[name] / 1e9 for run in runs) for name in ("flops_per_s", "peak_flops_per_s"))
     share = statistics.median(run["flops_per_s"] / run["peak_flops_per_s"] for run in runs)
     note = (
-        f"coca_ViT-B-32, batch {BATCH}, bf16; FLOPs of forward and backward over the trimmed texts by torch's counter, time of "
+        f"coca_ViT-B-32, batch {BATCH}, bf16; FLOPs of forward and backward by torch's counter, time of "
         f"the whole step with its optimizer; peak: products of {PEAK_SIDE} x {PEAK_SIDE}"
     )
     return [Figure("flops_utilisation", ours, peak, share, "GFLOP/s", LEAST, note, at_most=False)]

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from urbanclip_ray.model.packing import Packing
+
 # In bf16 on a CPU the fused kernel's backward is slow: the unfused one, with its logits in bf16 as autocast leaves them, takes
 # 25% to 80% of its time up to 196 x 196 places, and 130% from 256 x 256 on (torch 2.14, two cores with AVX-512 bf16)
 MOST_UNFUSED_PLACES = 200 * 200
@@ -30,19 +32,24 @@ class Attention(nn.MultiheadAttention):
         need_weights: bool = False,  # noqa: ARG002 open_clip passes it
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
+        packing: Packing | None = None,
     ) -> tuple[Tensor, None]:
         """query [rows, queries, width], key and value [rows, keys, ...] -> [rows, queries, width], and no weights.
 
         attn_mask is added to the logits: [queries, keys], [rows, 1, queries, keys], or open_clip's own [rows x heads, queries,
-        keys]. What is given twice is projected once.
+        keys]. What is given twice is projected once. With a packing the queries are its [tokens, width], and so is what
+        comes back; keys and values may be the same tokens.
         """
         projected = self._project(query, key, value)
+        if packing is not None:
+            projected = tuple(packing.unpack(part) if part.ndim == 2 else part for part in projected)
         q, k, v = (part.reshape(*part.shape[:2], self.num_heads, -1).transpose(1, 2) for part in projected)
         if attn_mask is not None and attn_mask.ndim == 3:
             attn_mask = attn_mask.view(-1, self.num_heads, *attn_mask.shape[1:])
         with _kernel(q, k):
             found = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
-        return self.out_proj(found.transpose(1, 2).flatten(2)), None
+        found = found.transpose(1, 2).flatten(2)
+        return self.out_proj(found if packing is None else packing.pack(found)), None
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         if self.in_proj_weight is None:  # keys are of another width than queries, as in attentional pooling
@@ -87,16 +94,18 @@ class Block(ResidualAttentionBlock):
         v_x: Tensor | None = None,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
+        packing: Packing | None = None,
     ) -> Tensor:
         """q_x [rows, places, width], which looks at itself, or at k_x and v_x [rows, keys, width] where they are given.
 
-        The mask is as in :class:`Attention`; with `is_causal` every place sees those up to itself.
+        The mask is as in :class:`Attention`; with `is_causal` every place sees those up to itself; with a packing q_x is
+        packed.
         """
         query = self.ln_1(q_x)
         keys = query if k_x is None else self.ln_1_kv(k_x)
         values = keys if v_x is k_x else self.ln_1_kv(v_x)
         mask = None if attn_mask is None else attn_mask.to(query.dtype)
-        x = q_x + self.ls_1(self.attn(query, keys, values, attn_mask=mask, is_causal=is_causal)[0])
+        x = q_x + self.ls_1(self.attn(query, keys, values, attn_mask=mask, is_causal=is_causal, packing=packing)[0])
         found: Tensor = x + self.ls_2(self.mlp(self.ln_2(x)))
         return found
 

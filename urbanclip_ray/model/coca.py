@@ -1,4 +1,4 @@
-"""open_clip's CoCa with text trimmed to the batch: one forward gives both embeddings and the caption loss.
+"""open_clip's CoCa with texts trimmed and packed: one forward gives both embeddings and the caption loss.
 
 Everything that touches a parameter happens inside :meth:`CoCa.forward`, and the output is a NamedTuple: ZeRO-3 gathers
 parameters only there and traverses only tuples, lists and dicts.
@@ -7,7 +7,6 @@ parameters only there and traverses only tuples, lists and dicts.
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from urbanclip_ray.model.attention import Block, use_own_attention
 from urbanclip_ray.model.losses import CaptionLoss, caption_loss, shift_tokens
+from urbanclip_ray.model.packing import Packing
 from urbanclip_ray.model.tokenize import PAD_ID
 
 
@@ -70,14 +70,23 @@ class CoCa(nn.Module):
         Equal to open_clip at full length, for any number of places >= min(longest text + 1, context_length): the class
         token keeps the last positional row. The mask is the legacy one of all published CoCa weights (the padding mask
         is shifted by one place), under which the class token sees the first place of padding, hence the "+ 1"; with
-        `inner.text.correct_cls_mask` it is the one that was meant.
+        `inner.text.correct_cls_mask` it is the one that was meant. Padding that is seen by none is not computed: its token
+        embeddings are zero.
         """
         tower = self.inner.text
         rows, places = tokens.shape
         positions = tower.positional_embedding
         x = torch.cat([tower.token_embedding(tokens), tower.cls_emb.expand(rows, 1, -1)], dim=1)
         x = x + torch.cat([positions[:places], positions[-1:]])
-        x = tower.transformer(x, attn_mask=self._text_mask(tokens))
+        always = torch.ones_like(tokens[:, :1], dtype=torch.bool)
+        seen = _up_to_its_last(tokens != PAD_ID)
+        if not tower.correct_cls_mask:
+            seen = torch.cat([always, seen[:, :-1]], dim=1)
+        packing = Packing.of(torch.cat([seen, always], dim=1))
+        x, mask = packing.pack(x), self._text_mask(tokens)
+        for block in tower.transformer.resblocks:
+            x = _run(block, tower.transformer.grad_checkpointing, x, attn_mask=mask, packing=packing)
+        x = packing.unpack(x)
         pooled = tower.ln_final(x[:, -1]) @ tower.text_projection
         return F.normalize(pooled.float(), dim=-1), x[:, :-1]
 
@@ -91,14 +100,19 @@ class CoCa(nn.Module):
         mask = torch.zeros(len(tokens), 1, places + 1, places + 1, device=tokens.device)
         return mask.masked_fill(~(visible[:, None, None, :] & causal), float("-inf"))
 
-    def decode(self, image_tokens: Tensor, text_tokens: Tensor) -> Tensor:
-        """Hidden states [rows, places, width] of the decoder, before the vocabulary projection."""
+    def decode(self, image_tokens: Tensor, text_tokens: Tensor, has_label: Tensor | None = None) -> Tensor:
+        """Hidden states [rows, places, width] of the decoder, before the vocabulary projection.
+
+        `has_label`, bool [rows, places], says which of them are asked for: behind the last of a row they are zero.
+        """
         decoder, x = self.inner.text_decoder, text_tokens
-        run = partial(checkpoint, use_reentrant=False) if decoder.grad_checkpointing else _call
+        packing = None if has_label is None else Packing.of(_up_to_its_last(has_label))
+        x = x if packing is None else packing.pack(x)
         for block, cross in zip(decoder.resblocks, decoder.cross_attn, strict=True):
-            x = run(block, x, is_causal=True)
-            x = run(cross, x, image_tokens, image_tokens)
-        return decoder.ln_final(x)
+            x = _run(block, decoder.grad_checkpointing, x, is_causal=True, packing=packing)
+            x = _run(cross, decoder.grad_checkpointing, x, image_tokens, image_tokens, packing=packing)
+        x = decoder.ln_final(x)
+        return x if packing is None else packing.unpack(x)
 
     def checkpoint_activations(self) -> None:
         """Keep of every block its input alone for the backward, which computes the rest again."""
@@ -120,14 +134,20 @@ class CoCa(nn.Module):
         caption = CaptionLoss(scale.new_zeros(()), scale.new_zeros(len(text)), scale.new_zeros(()))
         if with_caption and tokens is not None and image_tokens is not None and text_tokens is not None:
             _, labels = shift_tokens(tokens)
-            hidden = self.decode(image_tokens, text_tokens[:, :-1])
+            hidden = self.decode(image_tokens, text_tokens[:, :-1], labels != PAD_ID)
             caption = caption_loss(hidden, self.inner.text_decoder.text_projection, labels, PAD_ID)
         return CoCaOutput(image, text, *caption, scale, bias)
 
 
-def _call(block: nn.Module, *inputs: Tensor, **settings: bool) -> Tensor:
-    found: Tensor = block(*inputs, **settings)
+def _run(block: nn.Module, again: bool, *inputs: Tensor, **settings: Any) -> Tensor:
+    """A block; with `again` the backward computes it once more."""
+    found: Tensor = checkpoint(block, *inputs, use_reentrant=False, **settings) if again else block(*inputs, **settings)
     return found
+
+
+def _up_to_its_last(is_set: Tensor) -> Tensor:
+    """Of every row, the places up to the last one that is set: bool [rows, places]."""
+    return is_set.flip(1).cumsum(1).flip(1) > 0
 
 
 def build_model(open_clip_config: dict[str, Any], seed: int, init_temperature: float = 0.07) -> CoCa:

@@ -11,6 +11,7 @@ from torch import nn
 
 from urbanclip_ray.model import attention
 from urbanclip_ray.model.attention import Attention, Block, use_own_attention
+from urbanclip_ray.model.packing import Packing
 
 ROWS, PLACES, KEYS, WIDTH, HEADS = 3, 7, 11, 32, 4
 
@@ -75,6 +76,15 @@ def test_causal_and_cross_blocks_are_open_clips():
     context = values(ROWS, KEYS, WIDTH, seed=3)
     assert_same(ours, theirs, ours(x, k_x=context, v_x=context), theirs(x, k_x=context, v_x=context))
     torch.testing.assert_close(ours(x, context, context / 2), theirs(x, context, context / 2))
+
+
+def test_blocks_of_packed_tokens_are_those_of_rows():
+    packing = Packing.of(torch.arange(PLACES) < torch.tensor([[PLACES], [2], [4]]))
+    x, context = values(ROWS, PLACES, WIDTH), values(ROWS, KEYS, WIDTH, seed=3)
+    for is_cross, inputs, settings in ((False, (), {"is_causal": True}), (True, (context, context), {})):
+        ours, same = (pair_of(ResidualAttentionBlock(WIDTH, HEADS, is_cross_attention=is_cross))[0] for _ in range(2))
+        found = ours(packing.pack(x), *inputs, **settings, packing=packing)
+        assert_same(ours, same, found, packing.pack(same(x, *inputs, **settings)))
 
 
 def test_attentional_pooling_over_another_width_is_open_clips():

@@ -1,4 +1,4 @@
-"""Our forward with trimmed text is open_clip's own at full length: embeddings, caption loss and gradients."""
+"""Our forward with trimmed and packed texts is open_clip's own at full length: embeddings, caption loss and gradients."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from urbanclip_ray.model.architectures import open_clip_config
 from urbanclip_ray.model.coca import CoCa, build_model
 from urbanclip_ray.model.losses import contrastive_loss
 from urbanclip_ray.model.tokenize import PAD_ID
+from urbanclip_ray.train.speed import count_flops
 
 VOCAB_SIZE = 400
 
@@ -152,6 +153,26 @@ def test_losses_and_gradients_do_not_depend_on_the_padding(name, mask, dtype, to
     for parameter, gradient in full_gradients.items():
         error = (gradients[parameter] - gradient).norm() / gradient.norm().clamp(min=1)
         assert float(error) <= tolerance, parameter
+
+
+def test_padding_costs_no_products(model):
+    """Of whole models, as torch counts them: on a CPU, all but those of fused attention."""
+    tokens = make_tokens(lengths_of(model, "short"), model.inner.text.context_length)
+    images = make_images(model, len(tokens))
+    flops = [count_flops(lambda shown=shown: model(images, shown))[1] for shown in (trim(tokens), tokens)]
+    assert flops[0] == flops[1] > count_flops(lambda: model(images, tokens[:, :3]))[1]
+
+
+def test_a_token_with_the_number_of_padding_inside_a_text_is_open_clips(model):
+    """Published vocabularies have a word there."""
+    tokens = make_tokens([9, 5, 2], model.inner.text.context_length)
+    tokens[0, 4] = tokens[1, 3] = PAD_ID
+    images = make_images(model, len(tokens))
+    with torch.no_grad():
+        ours, theirs = model(images, tokens[:, :10]), as_open_clip(model)(images, tokens)
+    close(ours.text, theirs["text_features"])
+    losses = F.cross_entropy(theirs["logits"].permute(0, 2, 1), theirs["labels"], ignore_index=PAD_ID, reduction="none")
+    close(ours.caption_rows, losses.sum(dim=1))
 
 
 def test_the_class_token_keeps_the_last_position_and_needs_one_column_of_padding(model):
