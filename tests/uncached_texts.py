@@ -19,7 +19,7 @@ class UncachedTexts:
     def append(self, tokens: Tensor) -> Tensor:
         self._tokens = torch.cat([self._tokens, tokens.unsqueeze(1)], dim=1)
         _, text_tokens = self._model.encode_text(self._tokens)
-        hidden = self._model.decode(self._image_tokens, text_tokens)
+        hidden = self._model.decode(self._image_tokens, text_tokens, torch.ones_like(self._tokens, dtype=torch.bool))
         return hidden[:, -1] @ self._model.inner.text_decoder.text_projection
 
     def reorder(self, texts: Tensor) -> None:

@@ -39,7 +39,7 @@ def student(of: Run, seed: int, options: argparse.Namespace) -> RunConfig:
         load_recipe("kingcounty_probe"),
         ["run=bootstrapping", f"source.uri={options.kingcounty}", f"storage={options.storage}"],
     )
-    base = tiles.model_copy(update={key: getattr(of.config, key) for key in ("model", "train", "resources")})
+    base = tiles.model_copy(update={"model": of.config.model, "train": of.config.train, "resources": of.config.resources})
     config = bootstrap_from(seeded(base, seed), of.datasets["pretrain"].uri)  # and not the run, which holds several seeds
     return change(config, {"pack": {"also": (of.datasets["shards"].uri,)}})
 

@@ -83,13 +83,13 @@ def work(soak: Soak, kind: str, start_round: Callable[[Path, str], tuple[list[st
         try:
             assert code == 0, (folder / "log").read_text()[-2000:]
             rows_lost = count_lost()
+            delete_folder(uri)  # the server keeps its objects in memory
         except Exception as error:  # whatever it is: in a thread of its own it would end the rounds unseen
             rows_lost = None
             soak.failures.append(f"{uri}: {type(error).__name__}: {error}")
         seconds = round(time.monotonic() - begun_s, 1)
         soak.rounds.append({"kind": kind, "seconds": seconds, "starts": num_starts, "rows_lost": rows_lost})
         print(f"{soak.since_start_s():7.0f} s  {kind} round {number}: {num_starts} starts, {seconds} s", flush=True)
-        delete_folder(uri)  # the server keeps its objects in memory
         number += 1
 
 

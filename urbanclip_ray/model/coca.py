@@ -78,41 +78,41 @@ class CoCa(nn.Module):
         positions = tower.positional_embedding
         x = torch.cat([tower.token_embedding(tokens), tower.cls_emb.expand(rows, 1, -1)], dim=1)
         x = x + torch.cat([positions[:places], positions[-1:]])
-        always = torch.ones_like(tokens[:, :1], dtype=torch.bool)
-        seen = _up_to_its_last(tokens != PAD_ID)
-        if not tower.correct_cls_mask:
-            seen = torch.cat([always, seen[:, :-1]], dim=1)
-        packing = Packing.of(torch.cat([seen, always], dim=1))
-        x, mask = packing.pack(x), self._text_mask(tokens)
+        is_text = tokens != PAD_ID
+        is_read = self._visible(_up_to_its_last(is_text))
+        is_read[:, -1] = True  # the class token, if by none else
+        packing, mask = Packing.of(is_read), self._text_mask(is_text)
+        x = packing.pack(x)
         for block in tower.transformer.resblocks:
             x = _run(block, tower.transformer.grad_checkpointing, x, attn_mask=mask, packing=packing)
         x = packing.unpack(x)
         pooled = tower.ln_final(x[:, -1]) @ tower.text_projection
         return F.normalize(pooled.float(), dim=-1), x[:, :-1]
 
-    def _text_mask(self, tokens: Tensor) -> Tensor:
+    def _visible(self, is_text: Tensor) -> Tensor:
+        """What a place may see of those up to itself: bool [rows, places + 1], the class token last."""
+        always = torch.ones_like(is_text[:, :1])
+        return torch.cat([is_text, always] if self.inner.text.correct_cls_mask else [always, is_text], dim=1)
+
+    def _text_mask(self, is_text: Tensor) -> Tensor:
         """What is added to the logits of every head: [rows, 1, places + 1, places + 1], the class token last."""
-        places = tokens.shape[1]
-        always = torch.ones_like(tokens[:, :1], dtype=torch.bool)
-        is_text = tokens != PAD_ID
-        visible = torch.cat([is_text, always] if self.inner.text.correct_cls_mask else [always, is_text], dim=1)
-        causal = torch.ones(places + 1, places + 1, dtype=torch.bool, device=tokens.device).tril()
-        mask = torch.zeros(len(tokens), 1, places + 1, places + 1, device=tokens.device)
+        visible = self._visible(is_text)
+        rows, places = visible.shape
+        causal = torch.ones(places, places, dtype=torch.bool, device=is_text.device).tril()
+        mask = torch.zeros(rows, 1, places, places, device=is_text.device)
         return mask.masked_fill(~(visible[:, None, None, :] & causal), float("-inf"))
 
-    def decode(self, image_tokens: Tensor, text_tokens: Tensor, has_label: Tensor | None = None) -> Tensor:
+    def decode(self, image_tokens: Tensor, text_tokens: Tensor, has_label: Tensor) -> Tensor:
         """Hidden states [rows, places, width] of the decoder, before the vocabulary projection.
 
         `has_label`, bool [rows, places], says which of them are asked for: behind the last of a row they are zero.
         """
-        decoder, x = self.inner.text_decoder, text_tokens
-        packing = None if has_label is None else Packing.of(_up_to_its_last(has_label))
-        x = x if packing is None else packing.pack(x)
+        decoder, packing = self.inner.text_decoder, Packing.of(_up_to_its_last(has_label))
+        x = packing.pack(text_tokens)
         for block, cross in zip(decoder.resblocks, decoder.cross_attn, strict=True):
             x = _run(block, decoder.grad_checkpointing, x, is_causal=True, packing=packing)
             x = _run(cross, decoder.grad_checkpointing, x, image_tokens, image_tokens, packing=packing)
-        x = decoder.ln_final(x)
-        return x if packing is None else packing.unpack(x)
+        return packing.unpack(decoder.ln_final(x))
 
     def checkpoint_activations(self) -> None:
         """Keep of every block its input alone for the backward, which computes the rest again."""

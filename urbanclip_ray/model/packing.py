@@ -5,11 +5,9 @@ Linear layers, norms and perceptrons see tokens alone. Attention looks at rows, 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class Packing(NamedTuple):
@@ -26,44 +24,9 @@ class Packing(NamedTuple):
 
     def pack(self, values: Tensor) -> Tensor:
         """[rows, places, width] -> [tokens, width]"""
-        packed: Tensor = _Pack.apply(values.flatten(0, 1), self.kept)
-        return packed
+        return values.flatten(0, 1).index_select(0, self.kept)
 
     def unpack(self, values: Tensor) -> Tensor:
         """[tokens, width] -> [rows, places, width], zero where nothing is kept."""
-        unpacked: Tensor = _Unpack.apply(values, self.kept, self.rows * self.places)
-        return unpacked.view(self.rows, self.places, -1)
-
-
-def _spread(values: Tensor, kept: Tensor, num_places: int) -> Tensor:
-    return values.new_zeros(num_places, values.shape[1]).index_copy_(0, kept, values)
-
-
-# Each is the other's backward. Autograd's own would add rows up, one at a time on a CPU, as if a place could be kept twice.
-
-
-class _Pack(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, kept: Tensor) -> Tensor:
-        ctx.save_for_backward(kept)
-        ctx.num_places = len(values)
-        return values.index_select(0, kept)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (kept,) = ctx.saved_tensors
-        return _spread(gradient, kept, ctx.num_places), None
-
-
-class _Unpack(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, kept: Tensor, num_places: int) -> Tensor:
-        ctx.save_for_backward(kept)
-        return _spread(values, kept, num_places)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (kept,) = ctx.saved_tensors
-        return gradient.index_select(0, kept), None, None
+        nothing = values.new_zeros(self.rows * self.places, values.shape[1])
+        return nothing.index_copy(0, self.kept, values).view(self.rows, self.places, -1)
