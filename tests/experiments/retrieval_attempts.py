@@ -37,15 +37,24 @@ RECIPE = load_recipe("rsicd_small")
 STORED_PX = 128
 VAL_SHARE = 0.05
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ATTEMPTS: dict[str, dict[str, Any]] = {  # changes of the training of `rsicd_small`
-    "recipe": {},
-    "recipe, seed 1": {"seed": 1},
-    "batch 256, 14 epochs": {"epochs": 14},
+ATTEMPTS: dict[str, dict[str, Any]] = {  # changes of the training of `rsicd_small`, or of its model's `patch_dropout`
+    "24 epochs": {"batch": 256, "lr": 1e-3, "epochs": 24},
+    "24 epochs, seed 1": {"batch": 256, "lr": 1e-3, "epochs": 24, "seed": 1},
+    "batch 256, 14 epochs": {"batch": 256, "lr": 1e-3, "epochs": 14},
     "batch 128, 14 epochs": {"batch": 128, "lr": 7e-4, "epochs": 14},
     "batch 128, 14 epochs, seed 1": {"batch": 128, "lr": 7e-4, "epochs": 14, "seed": 1},
     "batch 128, 14 epochs, lr 1.2e-3": {"batch": 128, "lr": 1.2e-3, "epochs": 14},
     "batch 128, 14 epochs, average": {"batch": 128, "lr": 7e-4, "epochs": 14, "ema_decay": 0.999},
     "batch 64, 14 epochs": {"batch": 64, "lr": 7e-4, "epochs": 14},
+    "batch 64, 14 epochs, seed 1": {"batch": 64, "lr": 7e-4, "epochs": 14, "seed": 1},
+    "batch 64, 18 epochs, a quarter of the patches": {"batch": 64, "lr": 7e-4, "epochs": 18, "patch_dropout": 0.75},
+    "batch 64, 18 epochs, a quarter of the patches, seed 1": {
+        "batch": 64,
+        "lr": 7e-4,
+        "epochs": 18,
+        "patch_dropout": 0.75,
+        "seed": 1,
+    },
     "40 epochs": {"batch": 128, "lr": 7e-4, "epochs": 40},
     "40 epochs, decay and average": {"batch": 128, "lr": 7e-4, "epochs": 40, "weight_decay": 0.3, "ema_decay": 0.999},
     "40 epochs, smaller crops": {"batch": 128, "lr": 1e-3, "epochs": 40, "min_area_share": 0.25},
@@ -95,6 +104,7 @@ def attempt(tiles: Tiles, changes: dict[str, Any]) -> dict[str, Any]:
     changes = dict(changes)
     batch = changes.pop("batch", RECIPE.train.global_batch_size)
     area = changes.pop("min_area_share", RECIPE.train.augment.min_area_share)
+    hidden = changes.pop("patch_dropout", 0.5)
     config = TrainConfig(
         **RECIPE.train.model_dump()
         | {"contrastive_batch_size": batch, "global_batch_size": batch, "precision": "bf16"}
@@ -102,7 +112,7 @@ def attempt(tiles: Tiles, changes: dict[str, Any]) -> dict[str, Any]:
         | changes
     )
     torch.manual_seed(config.seed)
-    settings: ModelConfig = RECIPE.model
+    settings: ModelConfig = RECIPE.model.model_copy(update={"patch_dropout": hidden})
     context_length = open_clip_config(settings, 0)["text_cfg"]["context_length"]
     tokenizer = train_bpe([text for at in tiles.train for text in tiles.captions[at]], settings.vocab_size, context_length)
     model = build_model(open_clip_config(settings, tokenizer.vocab_size), config.seed, settings.init_temperature).to(DEVICE)
