@@ -115,6 +115,7 @@ def find_datasets(config: RunConfig, names: Sequence[str], if_made: Sequence[str
     run = Run(config)
     for stage in stages:
         if stage.name in needed and stage.wanted(run):
+            # what is taken only where it was made may be missing
             with suppress(MissingDatasetError) if stage.name in if_made else nullcontext():
                 run_stage(run, stage, open_console(), make=False)
     return run

@@ -83,7 +83,7 @@ class Undisturbed(LoggerCallback):
     def setup(self, *args: Any, **kwargs: Any) -> None:
         try:
             self._callback.setup(*args, **kwargs)
-        except Exception as error:
+        except Exception as error:  # foreign callbacks: each raises its own client's errors
             raise ConfigError(f"tune.tracking: {self._name} does not take the search: {one_line(error)}") from error
 
     def log_trial_start(self, trial: Any) -> None:
@@ -103,6 +103,6 @@ class Undisturbed(LoggerCallback):
             return
         try:
             getattr(self._callback, what)(*args, **kwargs)
-        except Exception as error:
+        except Exception as error:  # as above; a tracker must not end a search
             self._is_heard = False
             print(f"{self._name} is told no more, the search goes on without it: {one_line(error)}", flush=True)

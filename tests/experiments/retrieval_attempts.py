@@ -104,7 +104,7 @@ def attempt(tiles: Tiles, changes: dict[str, Any]) -> dict[str, Any]:
     changes = dict(changes)
     batch = changes.pop("batch", RECIPE.train.global_batch_size)
     area = changes.pop("min_area_share", RECIPE.train.augment.min_area_share)
-    hidden = changes.pop("patch_dropout", 0.5)
+    hidden = changes.pop("patch_dropout", RECIPE.model.patch_dropout)
     config = TrainConfig(
         **RECIPE.train.model_dump()
         | {"contrastive_batch_size": batch, "global_batch_size": batch, "precision": "bf16"}

@@ -145,7 +145,7 @@ class CaptionStore:
 
     def forget_attempts(self, job: str) -> None:
         """Remove a job's notes; what an actor that is still ending writes meanwhile is left to the store's clean-up."""
-        with suppress(OSError, StorageError):
+        with suppress(OSError, StorageError):  # notes that stay cost room, and no job reads another's
             delete_folder(join(self.folder.uri, ATTEMPTS, job))
 
     def _write(self, folder: PartsFolder, name: str, rows: list[dict[str, object]], schema: pa.Schema) -> None:
