@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -29,6 +30,7 @@ from urbanclip_ray.stages import Run, Stage
 from urbanclip_ray.storage import (
     Dataset,
     MissingDatasetError,
+    Publication,
     check_access,
     dataset_uri,
     digest,
@@ -134,14 +136,21 @@ def run_stage(run: Run, stage: Stage, console: Console, make: bool) -> float | N
         raise MissingDatasetError(f"{uri} is not made yet: run jobs/{stage.job}.py with the same options first")
     console.print(Text.assemble((stage.name, "bold"), f" → {_shown(uri)}"))
     start = time.monotonic()
-    with publish(uri, stage.name, content, parents) as publication:
+    with publish_or_say(uri, stage.name, content, parents) as publication:
         stage.make(run, publication)
-    if not publication.was_first:
-        say(f"{uri}: another run has finished it first; its result stands, and what this one made is removed")
     made_s = time.monotonic() - start
     run.datasets[stage.name] = open_dataset(uri)
     _count_stage(run.config.run, stage.name, run.datasets[stage.name].manifest.rejects, made_s)
     return made_s
+
+
+@contextmanager
+def publish_or_say(uri: str, stage: str, content: dict[str, Any], parents: dict[str, Dataset]) -> Iterator[Publication]:
+    """:func:`publish`, and a word to the user where another run has finished the same dataset first."""
+    with publish(uri, stage, content, parents) as publication:
+        yield publication
+    if not publication.was_first:
+        say(f"{uri}: another run has finished it first; its result stands, and what this one made is removed")
 
 
 def _count_stage(run: str, stage: str, rejects: Mapping[str, int], made_s: float) -> None:

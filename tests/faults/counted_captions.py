@@ -23,7 +23,8 @@ from urbanclip_ray.captioners.caption import CaptionBatch, CaptionWork, caption_
 from urbanclip_ray.captioners.land_cover import LandCoverCaptioner
 from urbanclip_ray.captioners.model_files import ModelReference
 from urbanclip_ray.config import CaptionConfig, PixelsConfig
-from urbanclip_ray.storage import open_dataset, publish
+from urbanclip_ray.pipeline import publish_or_say
+from urbanclip_ray.storage import open_dataset
 
 MODEL = ModelReference("counted", "1", "counted", False)
 TILES_PER_BATCH = 2
@@ -68,7 +69,7 @@ def main(tiles: str, store: str, captions: str, notes: str, seconds: str, limite
 
     caption.CaptionBatch = CountedBatch
     work = make_work(tiles, store)
-    with publish(captions, "captions", {}, {"tiles": work.tiles}) as publication:
+    with publish_or_say(captions, "captions", {}, {"tiles": work.tiles}) as publication:
         caption_tiles(work, publication)
 
 

@@ -27,7 +27,8 @@ from small_pretraining import CONFIG, pack_small
 
 from urbanclip_ray.config import ResourcesConfig, RunConfig
 from urbanclip_ray.model.weights import load_model
-from urbanclip_ray.storage import Dataset, open_dataset, publish, read_bytes
+from urbanclip_ray.pipeline import publish_or_say
+from urbanclip_ray.storage import Dataset, open_dataset, read_bytes
 from urbanclip_ray.train.device import DEVICE_FILE
 from urbanclip_ray.train.launch import pretrain
 from urbanclip_ray.train.loop import Rank
@@ -91,7 +92,7 @@ class Pretraining:
 
     def run(self, fault: Fault = nothing, step_s: float = 0.0) -> None:
         """The same call again goes on from the last checkpoint."""
-        with publish(self.uri, "pretrain", {}, {"shards": self._shards}) as publication:
+        with publish_or_say(self.uri, "pretrain", {}, {"shards": self._shards}) as publication:
             pretrain(self.config, self._shards, publication, noted(self.folder, fault, step_s))
 
     def steps(self) -> list[tuple[float, int, int, list[list[int]]]]:

@@ -157,6 +157,18 @@ def test_a_stage_that_fails_leaves_nothing_and_the_next_run_goes_on_from_there(c
     assert before + rerun(config, made) == NAMES
 
 
+def test_of_two_runs_the_first_to_finish_a_dataset_stands_and_the_other_is_told(tmp_path, capsys):
+    uri = str(tmp_path / "made")
+    with pipeline.publish_or_say(uri, "tiles", {}, {}) as second:
+        with pipeline.publish_or_say(uri, "tiles", {}, {}) as first:
+            first.write_file("word", b"first")
+        second.write_file("word", b"second")
+        assert capsys.readouterr().out == ""
+    assert f"{uri}: another run has finished it first" in capsys.readouterr().out
+    assert [entry.path for entry in open_dataset(uri).manifest.files] == [f"{first.attempt}/word"]
+    assert [folder.name for folder in (tmp_path / "made").iterdir() if folder.is_dir()] == [first.attempt]
+
+
 def test_a_run_with_given_weights_neither_captions_nor_pretrains(config, made):
     assert rerun(config, made, "embed.weights=elsewhere") == [
         *("tiles", "labels", "splits", "embeddings", "untrained", "prompts", "probe")
