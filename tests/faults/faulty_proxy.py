@@ -9,6 +9,7 @@ import struct
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
@@ -69,6 +70,10 @@ class Handler(BaseHTTPRequestHandler):
     def __init__(self, proxy: FaultyProxy, *arguments: Any) -> None:
         self.proxy = proxy
         super().__init__(*arguments)  # which handles the connection
+
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # of a client that was killed
+            super().handle()
 
     def forward(self) -> None:
         num_bytes = int(self.headers.get("Content-Length") or 0)
