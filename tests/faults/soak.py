@@ -43,7 +43,8 @@ SAMPLE_EVERY_S = 10.0
 MOST_STARTS = 20  # of one round, which then has failed
 MIB = 1 << 20
 MOST_GROWTH_MIB, MOST_GROWTH_SHARE = 64.0, 0.1  # between the second quarter of the time and the last one
-LASTING = {"gcs_server", "raylet", "radosgw", "ceph-osd", "ceph-mon", "soak.py", "several_nodes.py", "dashboard.py"}
+LASTING = ("gcs_server", "raylet", "dashboard.py", "several_nodes.py", "radosgw", "ceph-osd", "ceph-mon", "soak.py")
+ALL, ALL_LASTING = "all processes", "processes that last"
 
 
 class Soak:
@@ -187,17 +188,19 @@ def make_faults(soak: Soak, nodes: Nodes, server: S3Server, proxy: FaultyProxy) 
 
 
 def measure(soak: Soak, server: S3Server) -> None:
-    """The memory of all processes, and of those that last from start to end: their own share of it (PSS)."""
+    """The memory of all processes in MiB, and of those that last from start to end by name: their own share of it (PSS)."""
     while not soak.is_over():
-        total = lasting = 0
+        total, lasting = 0, dict.fromkeys(LASTING, 0)
         for process in [psutil.Process(), *psutil.Process().children(recursive=True), *server_processes(server)]:
             try:
                 num_bytes, command = process.memory_full_info().pss, process.cmdline()
             except psutil.Error:  # it has just ended
                 continue
             total += num_bytes
-            lasting += num_bytes if LASTING & {Path(part).name for part in command[:4]} else 0
-        soak.samples.append({"at_s": soak.since_start_s(), "all_mib": total / MIB, "lasting_mib": lasting / MIB})
+            for name in lasting.keys() & {Path(part).name for part in command[:4]}:
+                lasting[name] += num_bytes
+        found = {ALL: total, ALL_LASTING: sum(lasting.values())} | lasting
+        soak.samples.append({"at_s": soak.since_start_s()} | {name: count / MIB for name, count in found.items()})
         time.sleep(SAMPLE_EVERY_S)
 
 
@@ -275,7 +278,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="urbanclip_ray_soak_") as folder:
         soak = Soak(Path(folder), arguments.minutes, arguments.seed, arguments.fault_every_s)
         run(soak)
-    memory = {name: growth(soak.samples, name) for name in ("all_mib", "lasting_mib")}
+    memory = {name: growth(soak.samples, name) for name in (ALL, ALL_LASTING, *LASTING)}
     report = {
         "minutes": arguments.minutes,
         "seed": arguments.seed,
@@ -289,7 +292,7 @@ def main() -> int:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(report, indent=1))
     print_tables(soak, memory)
-    return 0 if not soak.failures and is_flat(memory["lasting_mib"]) else 1
+    return 0 if not soak.failures and is_flat(memory[ALL_LASTING]) else 1
 
 
 def print_tables(soak: Soak, memory: dict[str, dict[str, float]]) -> None:
@@ -300,8 +303,7 @@ def print_tables(soak: Soak, memory: dict[str, dict[str, float]]) -> None:
         print(f"| {kind} | {len(done)} | {sum(found['starts'] for found in done)} | {lost} |")
     print("\n| memory of | second quarter, MiB | last quarter, MiB | slope, MiB an hour |\n|---|---|---|---|")
     for name, found in memory.items():
-        what = {"all_mib": "all processes", "lasting_mib": "processes that last"}[name]
-        print(f"| {what} | {found['early_mib']} | {found['late_mib']} | {found['slope_mib_per_hour']} |")
+        print(f"| {name} | {found['early_mib']} | {found['late_mib']} | {found['slope_mib_per_hour']} |")
     print(f"\n{len(soak.faults)} faults; {'; '.join(soak.failures) or 'nothing lost'}")
 
 
