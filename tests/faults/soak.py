@@ -188,17 +188,20 @@ def make_faults(soak: Soak, nodes: Nodes, server: S3Server, proxy: FaultyProxy) 
 
 
 def measure(soak: Soak, server: S3Server) -> None:
-    """The memory of all processes in MiB, and of those that last from start to end by name: their own share of it (PSS)."""
+    """The memory in MiB of all processes, what they share counted once (PSS), and what those that last have for themselves (USS).
+
+    How many others share the libraries of a process changes all the time, so that PSS says nothing of its growth.
+    """
     while not soak.is_over():
         total, lasting = 0, dict.fromkeys(LASTING, 0)
         for process in [psutil.Process(), *psutil.Process().children(recursive=True), *server_processes(server)]:
             try:
-                num_bytes, command = process.memory_full_info().pss, process.cmdline()
+                memory, command = process.memory_full_info(), process.cmdline()
             except psutil.Error:  # it has just ended
                 continue
-            total += num_bytes
+            total += memory.pss
             for name in lasting.keys() & {Path(part).name for part in command[:4]}:
-                lasting[name] += num_bytes
+                lasting[name] += memory.uss
         found = {ALL: total, ALL_LASTING: sum(lasting.values())} | lasting
         soak.samples.append({"at_s": soak.since_start_s()} | {name: count / MIB for name, count in found.items()})
         time.sleep(SAMPLE_EVERY_S)
