@@ -188,9 +188,9 @@ def make_faults(soak: Soak, nodes: Nodes, server: S3Server, proxy: FaultyProxy) 
 
 
 def measure(soak: Soak, server: S3Server) -> None:
-    """The memory in MiB of all processes, what they share counted once (PSS), and what those that last have for themselves (USS).
+    """Memory in MiB of all processes, what they share counted once (PSS), and of those that last what is theirs alone (USS).
 
-    How many others share the libraries of a process changes all the time, so that PSS says nothing of its growth.
+    How many others share the libraries of a process changes all the time, so PSS says nothing of its growth.
     """
     while not soak.is_over():
         total, lasting = 0, dict.fromkeys(LASTING, 0)
