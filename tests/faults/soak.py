@@ -40,6 +40,7 @@ BUCKET = "soak"
 HERE = Path(__file__).parent
 NUM_NODES, CPUS_PER_NODE = 3, 2
 SAMPLE_EVERY_S = 10.0
+LEAST_MINUTES = 3.0
 MOST_STARTS = 20  # of one round, which then has failed
 MIB = 1 << 20
 MOST_GROWTH_MIB, MOST_GROWTH_SHARE = 64.0, 0.1  # between the second quarter of the time and the last one
@@ -278,6 +279,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/soak.json"))
     arguments = parser.parse_args()
+    if arguments.minutes < LEAST_MINUTES:
+        parser.error(f"--minutes must be at least {LEAST_MINUTES:g}: memory is compared between quarters of the time")
     with tempfile.TemporaryDirectory(prefix="urbanclip_ray_soak_") as folder:
         soak = Soak(Path(folder), arguments.minutes, arguments.seed, arguments.fault_every_s)
         run(soak)
