@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from urbanclip_ray.model.packing import num_filled
+
 ContrastiveKind = Literal["softmax", "sigmoid"]
 Gather = Callable[[Tensor], Tensor]
 
@@ -277,7 +279,7 @@ class _Projection:
     def __init__(self, weight: Tensor, num_places: int, low: torch.dtype, with_gradient: bool) -> None:
         self._high = torch.promote_types(low, torch.float32)
         self._weight = weight.to(low)
-        self._logits = weight.new_empty(num_places, weight.shape[1], dtype=low)
+        self._logits = weight.new_empty(num_filled(num_places), weight.shape[1], dtype=low)
         values = CACHED_VALUES if weight.device.type == "cpu" else LAUNCHED_VALUES
         num_lines = max(1, min(values // weight.shape[1], num_places))
         self._lines = weight.new_empty(num_lines, weight.shape[1], dtype=self._high)
@@ -288,13 +290,14 @@ class _Projection:
 
     def losses(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Of [places, width] and [places, 1]: the loss of each place, and with gradients that of the sum by `hidden`."""
-        hidden = hidden.to(self._weight.dtype)
-        logits = torch.mm(hidden, self._weight, out=self._logits[: len(hidden)])
-        losses = torch.cat([self._loss(logits[piece], target[piece]) for piece in _pieces(0, len(logits), len(self._lines))])
+        num_places = len(hidden)
+        hidden = F.pad(hidden.to(self._weight.dtype), (0, 0, 0, num_filled(num_places) - num_places))
+        logits = torch.mm(hidden, self._weight, out=self._logits[: len(hidden)])  # zero where filled up, and so are its slopes
+        losses = torch.cat([self._loss(logits[piece], target[piece]) for piece in _pieces(0, num_places, len(self._lines))])
         if not self._with_gradient:
             return losses, hidden
         self._add_gradient(hidden, logits)
-        return losses, logits @ self._weight.T
+        return losses, (logits @ self._weight.T)[:num_places]
 
     def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """[places]; with gradients the logits turn into its derivatives by them."""

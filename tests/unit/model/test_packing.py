@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from urbanclip_ray.model.packing import Packing
+from urbanclip_ray.model.packing import ROWS_MULTIPLE, Packing, num_filled
 
 ROWS, PLACES, WIDTH = 3, 5, 4
 IS_KEPT = torch.tensor([[1, 1, 0, 0, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)  # a row may be empty, or full
@@ -18,7 +18,23 @@ def values(*shape: int) -> torch.Tensor:
 def test_packed_are_the_kept_places_row_after_row():
     x = values(ROWS, PLACES, WIDTH)
     packed = Packing.of(IS_KEPT).pack(x)
-    assert torch.equal(packed, torch.cat([x[0, :2], x[0, 4:], x[2]]))
+    assert torch.equal(packed[:8], torch.cat([x[0, :2], x[0, 4:], x[2]]))
+
+
+def test_texts_of_any_number_of_tokens_give_products_of_few_shapes():
+    is_kept = torch.ones(1, 3 * ROWS_MULTIPLE, dtype=torch.bool)
+    for num_tokens in range(3 * ROWS_MULTIPLE + 1):
+        is_kept[:, num_tokens:] = False
+        packed = Packing.of(is_kept).pack(torch.zeros(*is_kept.shape, WIDTH))
+        assert len(packed) % ROWS_MULTIPLE == 0
+        assert num_tokens <= len(packed) < num_tokens + ROWS_MULTIPLE
+        is_kept.fill_(True)
+
+
+def test_what_fills_up_has_no_gradient_and_gives_none():
+    x, packing = values(ROWS, PLACES, WIDTH), Packing.of(IS_KEPT)
+    packing.unpack(packing.pack(x)).sum().backward()
+    assert torch.equal(x.grad, IS_KEPT[:, :, None].expand_as(x).to(x.dtype))
 
 
 def test_unpacked_they_are_where_they_were_and_zero_is_elsewhere():
@@ -30,7 +46,7 @@ def test_unpacked_they_are_where_they_were_and_zero_is_elsewhere():
 def test_gradients_are_exact_both_ways(is_kept):
     packing = Packing.of(is_kept)
     assert torch.autograd.gradcheck(packing.pack, values(ROWS, PLACES, WIDTH))
-    assert torch.autograd.gradcheck(packing.unpack, values(int(is_kept.sum()), WIDTH))
+    assert torch.autograd.gradcheck(packing.unpack, values(num_filled(int(is_kept.sum())), WIDTH))
 
 
 def test_values_keep_their_type():
