@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # Rows of a product that depends on the texts are filled up to a multiple of this. On a CPU oneDNN compiles a kernel for every
-# shape that it has not seen, which took a third of a small model's steps in bf16; a GPU's kernels want multiples of 8
+# shape that it has not seen, which took up to a quarter of a small model's steps in bf16
 ROWS_MULTIPLE = 32
 
 

@@ -157,7 +157,7 @@ def test_losses_and_gradients_do_not_depend_on_the_padding(name, mask, dtype, to
 
 def test_padding_costs_no_products(model):
     """Of whole models, as torch counts them: on a CPU, all but those of fused attention."""
-    tokens = make_tokens(lengths_of(model, "short"), model.inner.text.context_length)
+    tokens = make_tokens(16 * lengths_of(model, "short"), model.inner.text.context_length)
     images = make_images(model, len(tokens))
     flops = [count_flops(lambda shown=shown: model(images, shown))[1] for shown in (trim(tokens), tokens)]
     assert flops[0] == flops[1] > count_flops(lambda: model(images, tokens[:, :3]))[1]

@@ -348,7 +348,7 @@ def test_a_frozen_projection_gets_no_gradient_and_hidden_states_do():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_no_more_logits_are_held_than_a_chunk_has(autocast):
-    rows, places, vocabulary, at_once = 8, 40, 500, 16
+    rows, places, vocabulary, at_once = 8, 40, 500, 64
     random = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows, places, WIDTH, generator=random).requires_grad_()
     projection = torch.randn(WIDTH, vocabulary, generator=random).requires_grad_()
