@@ -46,7 +46,7 @@ def pretraining(arm: Arm, seed: int, options: argparse.Namespace) -> RunConfig:
             f"source.uri={options.rsicd}",
             f"storage={options.storage}",
             "model.architecture=coca_tiny_27",  # small, so that a run takes minutes
-            "model.patch_dropout=0.5",
+            "model.patch_dropout=0.5",  # as in the results that are recorded
             f"train.epochs={options.epochs}",
             f"train.contrastive_batch_size={arm.contrastive}",
             f"train.global_batch_size={arm.step}",

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from urbanclip_ray.model.packing import num_filled
+from urbanclip_ray.model.packing import fill_up, num_filled
 
 ContrastiveKind = Literal["softmax", "sigmoid"]
 Gather = Callable[[Tensor], Tensor]
@@ -291,7 +291,7 @@ class _Projection:
     def losses(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Of [places, width] and [places, 1]: the loss of each place, and with gradients that of the sum by `hidden`."""
         num_places = len(hidden)
-        hidden = F.pad(hidden.to(self._weight.dtype), (0, 0, 0, num_filled(num_places) - num_places))
+        hidden = fill_up(hidden.to(self._weight.dtype))
         logits = torch.mm(hidden, self._weight, out=self._logits[: len(hidden)])  # zero where filled up, and so are its slopes
         losses = torch.cat([self._loss(logits[piece], target[piece]) for piece in _pieces(0, num_places, len(self._lines))])
         if not self._with_gradient:

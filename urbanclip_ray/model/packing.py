@@ -18,8 +18,8 @@ ROWS_MULTIPLE = 32
 class Packing(NamedTuple):
     """Which places of a batch [rows, places] are kept; `kept` are their numbers in the flattened batch, int64 [tokens].
 
-    Packed values have as many rows as :func:`num_filled` says of the tokens: the last ones repeat the batch's first place, and
-    are left out when they are unpacked.
+    Packed values are filled up (:func:`num_filled`) with copies of the batch's first place, which are left out when they are
+    unpacked.
     """
 
     kept: Tensor
@@ -32,16 +32,20 @@ class Packing(NamedTuple):
         return Packing(is_kept.flatten().nonzero()[:, 0], *is_kept.shape)
 
     def pack(self, values: Tensor) -> Tensor:
-        """[rows, places, width] -> [tokens, filled up, width]"""
-        num_tokens = len(self.kept)
-        return values.flatten(0, 1).index_select(0, F.pad(self.kept, (0, num_filled(num_tokens) - num_tokens)))
+        """[rows, places, width] -> [tokens filled up, width]"""
+        return values.flatten(0, 1).index_select(0, fill_up(self.kept))
 
     def unpack(self, values: Tensor) -> Tensor:
-        """What :meth:`pack` gives -> [rows, places, width], zero where nothing is kept."""
+        """[tokens filled up, width] -> [rows, places, width], zero where nothing is kept."""
         nothing = values.new_zeros(self.rows * self.places, values.shape[1])
         return nothing.index_copy(0, self.kept, values[: len(self.kept)]).view(self.rows, self.places, -1)
 
 
 def num_filled(num_rows: int) -> int:
-    """The rows of a product of at least so many."""
+    """So many rows, filled up to the next multiple."""
     return -(-num_rows // ROWS_MULTIPLE) * ROWS_MULTIPLE
+
+
+def fill_up(values: Tensor) -> Tensor:
+    """[rows, ...] -> [rows filled up, ...], with zeros."""
+    return F.pad(values, (0, 0) * (values.ndim - 1) + (0, num_filled(len(values)) - len(values)))

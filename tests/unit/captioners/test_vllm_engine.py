@@ -53,7 +53,7 @@ def test_a_model_that_nodes_cannot_open_is_refused():
 
 def test_without_vllm_the_extra_is_named():
     if importlib.util.find_spec("vllm"):
-        pytest.skip("vLLM is installed here")
+        pytest.skip("vLLM is installed here: what is refused without it cannot be seen")
     with pytest.raises(UnusableCaptionerError, match=r"urbanclip_ray\[vllm\]'?, without constraints.txt"):
         vllm_engine.build_engine(make_config(), HUB)
 
