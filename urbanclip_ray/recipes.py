@@ -105,6 +105,7 @@ def rsicd_small() -> RunConfig:
             augment=AugmentConfig(min_area_share=0.4, flips=True, brightness=0.2),
             zero_stage=0,  # so small an optimizer costs more to share out than it saves: stage 1 is a tenth slower
         ),
+        embed=EmbedConfig(precision="auto"),
     )
 
 
@@ -260,7 +261,7 @@ def verify_gpu() -> RunConfig:
         split=SplitConfig(outer="blocks", block_km=1500, num_draws=2),
         model=ModelConfig(architecture="coca_ViT-B-32", tokenizer="open_clip"),
         train=TrainConfig(epochs=10, micro_batch_size=32, contrastive_batch_size=32, global_batch_size=32, lr=1e-4),
-        embed=EmbedConfig(num_actors=1, gpus_per_actor=1),
+        embed=EmbedConfig(num_actors=1, gpus_per_actor=1, precision="auto"),
         probe=ProbeConfig(mlp_max_epochs=20),
         resources=ResourcesConfig(num_workers=1, use_gpu=True, cpus_per_worker=4),  # threads that decode for the GPU
     )

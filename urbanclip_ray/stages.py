@@ -244,7 +244,16 @@ def _retrieval(run: Run, publication: Publication) -> None:
 
     embeddings, pairs, splits = (run.datasets[name] for name in ("embeddings", "pairs", "splits"))
     config = run.config
-    measure_retrieval(embeddings, pairs, splits, run.weights_uri(), config.split.outer, config.train.text_mode, publication)
+    measure_retrieval(
+        embeddings,
+        pairs,
+        splits,
+        run.weights_uri(),
+        config.split.outer,
+        config.train.text_mode,
+        publication,
+        config.embed,
+    )
 
 
 def _prompts(run: Run, publication: Publication) -> None:

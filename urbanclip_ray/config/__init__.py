@@ -47,7 +47,7 @@ from urbanclip_ray.config.sources import (
 )
 from urbanclip_ray.config.stores import StoreConfig
 from urbanclip_ray.config.tracking import TrackingConfig
-from urbanclip_ray.config.training import HUB, AugmentConfig, ModelConfig, ModelPart, StepCut, TrainConfig
+from urbanclip_ray.config.training import HUB, AugmentConfig, ModelConfig, ModelPart, Precision, StepCut, TrainConfig
 
 __all__ = [
     "HUB",
@@ -75,6 +75,7 @@ __all__ = [
     "PairsSource",
     "PixelsConfig",
     "Placement",
+    "Precision",
     "ProbeConfig",
     "PromptsConfig",
     "RasterConfig",

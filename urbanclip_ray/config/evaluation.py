@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from urbanclip_ray.config.resources import ActorsConfig
-from urbanclip_ray.config.section import Section, execution
+from urbanclip_ray.config.section import Section, added_later, execution
+from urbanclip_ray.config.training import Precision
 from urbanclip_ray.schema import is_safe_name
 
 Target = Literal["raw", "log", "log1p"]
@@ -33,6 +34,9 @@ class EmbedConfig(ActorsConfig):
     # What a probe is given of an encoder with blocks. embedding: its output, as texts are compared with; tokens: that, and mean
     # and standard deviation over the places of three blocks, which keep texture that the output has given up
     features: Features = "embedding"
+    # of the encoder's matrix products; auto: bf16 where the device has units for it, so that vectors of one machine differ a
+    # little from those of another
+    precision: Precision = added_later("fp32")
     tiles_per_batch: int = execution(64, ge=1)
     num_actors: int = execution(2, ge=1)
 

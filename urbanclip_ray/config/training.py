@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from urbanclip_ray.config.section import Section, added_later, execution
 
+Precision = Literal["auto", "bf16", "fp32"]  # of matrix products
 ModelPart = Literal["image", "text", "decoder", "heads"]  # heads: the projections, the scale and bias of the logits
 MODEL_PARTS: tuple[ModelPart, ...] = get_args(ModelPart)
 HUB = "hf-hub:"  # before a repository's name, as in open_clip
@@ -91,7 +92,7 @@ class TrainConfig(Section):
     contrastive_weight: float = Field(default=1.0, ge=0)
     caption_weight: float = Field(default=1.0, ge=0)
     max_logit_scale: float = Field(default=100.0, gt=1)
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of matrix products; auto: bf16 where all devices have units for it
+    precision: Precision = "auto"  # auto: bf16 where all devices have units for it
     freeze: tuple[ModelPart, ...] = added_later(())  # parts that are not trained
     # learning rates of single parts, as multiples of lr
     lr_scales: dict[ModelPart, Annotated[float, Field(gt=0)]] = added_later({})

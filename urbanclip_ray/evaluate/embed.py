@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from urbanclip_ray import dataflow
-from urbanclip_ray.config import EmbedConfig, Features, PixelsConfig
+from urbanclip_ray.config import EmbedConfig, Features, PixelsConfig, Precision
 from urbanclip_ray.schema import embeddings_schema
 from urbanclip_ray.storage import Dataset, Publication
 
@@ -37,6 +37,7 @@ def embed_tiles(
             "pixels": pixels,
             "untrained_seed": untrained_seed,
             "features": features,
+            "precision": config.precision,
         },
         batch_size=config.tiles_per_batch,
         batch_format="pyarrow",
@@ -69,14 +70,17 @@ class EmbedBatch:
         pixels: PixelsConfig,
         untrained_seed: int | None,
         features: Features = "embedding",
+        precision: Precision = "fp32",
     ) -> None:
         import torch
 
         from urbanclip_ray.evaluate.encoders import load_encoder
+        from urbanclip_ray.train.precision import has_bf16_units
 
         self._encoder = load_encoder(weights_uri, features, untrained_seed)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._encoder.module.to(self._device)
+        self._is_bf16 = precision == "bf16" or (precision == "auto" and has_bf16_units(self._device))
         self._views = views
         self._pixels = pixels
 
@@ -104,7 +108,7 @@ class EmbedBatch:
         # a batch without readable tiles is shown one black tile, because its rows have a width too
         shown = pixels if len(pixels) else np.zeros((1, *pixels.shape[1:]), np.uint8)
         images = self._encoder.prepare(torch.from_numpy(shown).to(self._device))
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._is_bf16):
             total = torch.zeros(())
             for view in turned_views(images, self._views):
                 total = total + self._encoder.module(view).float().cpu()

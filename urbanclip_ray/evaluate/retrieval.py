@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import ray.data
 
 from urbanclip_ray import dataflow
+from urbanclip_ray.config import ActorsConfig
 from urbanclip_ray.model.texts import TextMode, shown_texts
 from urbanclip_ray.storage import Dataset, Publication
 
@@ -28,12 +29,13 @@ def measure_retrieval(
     outer: str,
     text_mode: TextMode,
     publication: Publication,
+    each: ActorsConfig = dataflow.ANY_ACTOR,
 ) -> None:
     """Publishes `retrieval.json`: per part (val, test) of the outer split's first draw, recall and ranks both ways, and chance.
 
     Every accepted sentence of a part's tiles is in the gallery, repeated ones too; every whole description where the model
-    was trained on those. By the benchmarks' convention the twin of a text on another tile is a miss; `equal_texts` has the
-    figures in which it is true.
+    was trained on those. `each` is what the actor that encodes them is given. By the benchmarks' convention the twin of a
+    text on another tile is a miss; `equal_texts` has the figures in which it is true.
     """
     import torch
 
@@ -48,7 +50,7 @@ def measure_retrieval(
     rows = {part: images.filter(pc.field("part") == part).sort_by("tile_id") for part in ("val", "test")}
     galleries = {part: _gallery(texts, of_part["tile_id"], text_mode) for part, of_part in rows.items()}
     different = pa.concat_tables(galleries.values())["text"].combine_chunks().dictionary_encode().dictionary
-    vectors = torch.from_numpy(encode_texts(different, weights_uri)) if len(different) else torch.empty(0)
+    vectors = torch.from_numpy(encode_texts(different, weights_uri, each)) if len(different) else torch.empty(0)
     results, num_texts = [], 0
     for part, gallery in galleries.items():
         if gallery.num_rows == 0:
@@ -85,14 +87,14 @@ def _gallery(pairs: pa.Table, tile_ids: pa.ChunkedArray, text_mode: TextMode) ->
     )
 
 
-def encode_texts(texts: pa.Array, weights_uri: str) -> np.ndarray:
+def encode_texts(texts: pa.Array, weights_uri: str, each: ActorsConfig = dataflow.ANY_ACTOR) -> np.ndarray:
     """The embedding [texts, width] of every text, by Ray Data. Equal texts given once are equally near to every image."""
     rows = ray.data.from_arrow(pa.table({"text": texts})).map_batches(
         TextBatch,
         fn_constructor_kwargs={"weights_uri": weights_uri},
         batch_size=TEXTS_PER_BATCH,
         batch_format="numpy",
-        **dataflow.actors(1),
+        **dataflow.actors(1, each),
     )
     return np.concatenate([batch["embedding"] for batch in rows.iter_batches(batch_size=None, batch_format="numpy")])
 
@@ -101,18 +103,22 @@ class TextBatch:
     """A Ray Data actor around one text encoder."""
 
     def __init__(self, weights_uri: str) -> None:
+        import torch
+
         from urbanclip_ray.model.weights import load_model
 
         self._loaded = load_model(weights_uri)
+        self._loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {"embedding": embed_texts(self._loaded, [str(text) for text in batch["text"]])}
 
 
 def embed_texts(loaded: LoadedModel, texts: list[str]) -> np.ndarray:
-    """float32 [texts, width], L2-normalised: the text side of the contrastive pair."""
+    """float32 [texts, width], L2-normalised: the text side of the contrastive pair, computed where the model lies."""
     import torch
 
+    tokens = loaded.tokenizer.encode(texts).to(loaded.model.inner.logit_scale.device)
     with torch.inference_mode():
-        vectors: np.ndarray = loaded.model.encode_text(loaded.tokenizer.encode(texts))[0].numpy()
+        vectors: np.ndarray = loaded.model.encode_text(tokens)[0].cpu().numpy()
     return vectors

@@ -13,10 +13,10 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 def normalise(pixels: torch.Tensor, mean: Sequence[float] = IMAGE_MEAN, std: Sequence[float] = IMAGE_STD) -> torch.Tensor:
     """uint8 [rows, px, px, 3] -> float32 [rows, 3, px, px], on the device where the pixels are: bytes travel, not floats."""
-    scaled = pixels.permute(0, 3, 1, 2).float() / 255
     means = torch.tensor(mean, device=pixels.device).view(1, 3, 1, 1)
     deviations = torch.tensor(std, device=pixels.device).view(1, 3, 1, 1)
-    return ((scaled - means) / deviations).contiguous()
+    channels = pixels.permute(0, 3, 1, 2).contiguous().float()  # laid out anew as bytes, and then changed where it lies
+    return channels.div_(255).sub_(means).div_(deviations)
 
 
 def turned_views(images: torch.Tensor, num_views: int) -> Iterator[torch.Tensor]:

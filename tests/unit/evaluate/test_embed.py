@@ -109,11 +109,26 @@ def test_unreadable_tiles_are_counted_and_the_weights_are_named(embedded, weight
     assert set(table["weights"].to_pylist()) == {digest}
 
 
-def call_actor(weights: str, images: dict[str, bytes], views=1, pixels=PLAIN, untrained_seed=None) -> dict[str, np.ndarray]:
+def call_actor(
+    weights: str, images: dict[str, bytes], views=1, pixels=PLAIN, untrained_seed=None, precision="fp32"
+) -> dict[str, np.ndarray]:
     """What an actor makes of one batch, without Ray around it."""
     batch = pa.table([list(images), list(images.values()), pa.nulls(len(images), pa.string())], ["tile_id", "image", "error"])
-    rows = EmbedBatch(weights, views, pixels, untrained_seed)(batch).to_pylist()
+    rows = EmbedBatch(weights, views, pixels, untrained_seed, precision=precision)(batch).to_pylist()
     return {row["tile_id"]: np.array(row["embedding"], np.float32) for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("asked", "has_units", "is_bf16"),
+    [("bf16", False, True), ("auto", True, True), ("auto", False, False)],
+)
+def test_in_bf16_a_vector_is_nearly_that_of_fp32(weights, monkeypatch, asked, has_units, is_bf16):
+    monkeypatch.setattr("urbanclip_ray.train.precision.has_bf16_units", lambda device: has_units)
+    plain, found = (call_actor(weights, IMAGES, precision=name) for name in ("fp32", asked))
+    for tile_id, vector in found.items():
+        assert vector @ plain[tile_id] > 0.999
+        assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-6)
+        assert np.array_equal(vector, plain[tile_id]) is not is_bf16
 
 
 def test_without_training_the_vectors_are_others_and_the_seed_decides_them(embedded, tiles, weights, tmp_path, ray_cluster):

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from urbanclip_ray.config import AugmentConfig
+from urbanclip_ray.imagery import to_square
 from urbanclip_ray.train.augment import augment
 
 NONE = AugmentConfig(min_area_share=1, flips=False)
@@ -39,6 +40,16 @@ def test_the_same_numbers_give_the_same_pixels_and_others_do_not():
 def test_switched_off_it_changes_nothing():
     for pixels in many(NONE, image()):
         assert np.array_equal(pixels, np.asarray(image()))
+
+
+def test_pixels_are_those_of_pillow_up_to_rounding():
+    shades = np.add.outer(np.arange(180) * 0.7, np.arange(240) * 0.5) + np.random.default_rng(0).normal(0, 12, (180, 240))
+    picture = Image.fromarray(np.stack([shades.clip(0, 255).astype(np.uint8)] * 3, -1))
+    for size_px in (96, 224, 300):
+        (ours, *_), theirs = many(NONE, picture, count=1, size_px=size_px), to_square(picture, size_px)
+        difference = np.abs(ours.astype(int) - theirs.astype(int))
+        assert difference.mean() < 0.2
+        assert difference.max() <= 2
 
 
 def test_flips_are_the_eight_of_a_square_and_no_other():
