@@ -91,7 +91,7 @@ def demo_search() -> RunConfig:
 
 
 def rsicd_small() -> RunConfig:
-    """A 9-million-parameter CoCa on RSICD's own captions and test split, for two CPU cores (twelve minutes in bf16)."""
+    """A 9-million-parameter CoCa on RSICD's own captions and test split, for two CPU cores (eleven minutes in bf16)."""
     return RunConfig(
         run="rsicd_small",
         source=RsicdSource(),
