@@ -243,17 +243,8 @@ def _retrieval(run: Run, publication: Publication) -> None:
     from urbanclip_ray.evaluate.retrieval import measure_retrieval
 
     embeddings, pairs, splits = (run.datasets[name] for name in ("embeddings", "pairs", "splits"))
-    config = run.config
-    measure_retrieval(
-        embeddings,
-        pairs,
-        splits,
-        run.weights_uri(),
-        config.split.outer,
-        config.train.text_mode,
-        publication,
-        config.embed,
-    )
+    outer, text_mode, each = run.config.split.outer, run.config.train.text_mode, run.config.embed
+    measure_retrieval(embeddings, pairs, splits, run.weights_uri(), outer, text_mode, publication, each)
 
 
 def _prompts(run: Run, publication: Publication) -> None:

@@ -75,12 +75,12 @@ class EmbedBatch:
         import torch
 
         from urbanclip_ray.evaluate.encoders import load_encoder
-        from urbanclip_ray.train.precision import has_bf16_units
+        from urbanclip_ray.train.precision import has_bf16_units, takes_bf16
 
         self._encoder = load_encoder(weights_uri, features, untrained_seed)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._encoder.module.to(self._device)
-        self._is_bf16 = precision == "bf16" or (precision == "auto" and has_bf16_units(self._device))
+        self._is_bf16 = takes_bf16(precision, has_bf16_units(self._device), "embed.precision")
         self._views = views
         self._pixels = pixels
 

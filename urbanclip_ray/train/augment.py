@@ -26,7 +26,10 @@ def augment(image: Image.Image, size_px: int, config: AugmentConfig, random: np.
 
 
 def _resize(image: Image.Image, size_px: int) -> np.ndarray:
-    """What `imagery.to_square` does, up to rounding, by torch: its kernel for bytes takes a third of Pillow's time."""
+    """What `imagery.to_square` does, up to rounding, by torch, whose kernel for bytes takes a third of Pillow's time.
+
+    Tiles that are looked at whole stay Pillow's, so that an embedding does not depend on the processor's kernel.
+    """
     channels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     resized = F.interpolate(channels, (size_px, size_px), mode="bicubic", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()

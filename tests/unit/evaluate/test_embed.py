@@ -65,8 +65,8 @@ def tiles(tmp_path_factory) -> Dataset:
     return publish_tiles(str(tmp_path_factory.mktemp("tiles")), images)
 
 
-def embed(tiles, weights, uri, untrained_seed=None) -> Dataset:
-    config = EmbedConfig(tiles_per_batch=4, num_actors=1)
+def embed(tiles, weights, uri, untrained_seed=None, precision="fp32") -> Dataset:
+    config = EmbedConfig(tiles_per_batch=4, num_actors=1, precision=precision)
     with publish(uri, "embeddings", {}, {}) as publication:
         embed_tiles(tiles, weights, config, PLAIN, publication, untrained_seed)
     return open_dataset(uri)
@@ -129,6 +129,13 @@ def test_in_bf16_a_vector_is_nearly_that_of_fp32(weights, monkeypatch, asked, ha
         assert vector @ plain[tile_id] > 0.999
         assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-6)
         assert np.array_equal(vector, plain[tile_id]) is not is_bf16
+
+
+def test_the_precision_asked_for_is_that_of_the_actors(embedded, tiles, weights, tmp_path, ray_cluster):
+    plain, found = vectors_of(embedded), vectors_of(embed(tiles, weights, str(tmp_path), precision="bf16"))
+    for tile_id, vector in call_actor(weights, IMAGES, precision="bf16").items():
+        np.testing.assert_allclose(found[tile_id], vector, atol=2e-3)  # other batches, other sums
+        assert not np.array_equal(found[tile_id], plain[tile_id])
 
 
 def test_without_training_the_vectors_are_others_and_the_seed_decides_them(embedded, tiles, weights, tmp_path, ray_cluster):
